@@ -418,6 +418,8 @@ class Catalog:
         key = f"{deployed.id}#{next(self._numbers)}"
         entry = _Entry(deployed, card, key, artifact, size * self._dtype.itemsize)
         limit = self._limits.device
+        if limit is not None and entry.bytes > limit:
+            raise _too_large(entry, limit)
         if deployed.pinned or limit is None or self._taken + entry.bytes <= limit:
             # Without room in the engine it stays in host memory until a request asks for it.
             with suppress(NoRoomError):
@@ -466,21 +468,20 @@ class Catalog:
 
         Raises:
             NoRoomError: if the engine has no room, and `evict` is false.
+            ArtifactError: if the engine has no room although no other adapter is loaded.
             ResourceError: if there is no room for it.
         """
         limit = self._limits.device
-        if limit is not None and entry.bytes > limit:
-            raise ResourceError(
-                f"'{entry.deployed.name}' takes {entry.bytes:,} bytes, more than the {limit:,} that adapters "
-                "may have on the device; squeeze it, or raise device_bytes"
-            )
         deadline = asyncio.get_running_loop().time() + ROOM_SECONDS
         while True:
             if limit is None or self._taken + entry.bytes <= limit:
                 self._taken += entry.bytes
                 try:
                     await self._engine.load(entry.key, artifact)
-                except NoRoomError:
+                except NoRoomError as error:
+                    if self._taken == entry.bytes:
+                        # The engine pads factors, so it needs more than was counted.
+                        raise _too_large(entry, limit) from error
                     # The engine's memory may be in pieces that are too small, or its slots be in use.
                     if not evict:
                         raise
@@ -562,6 +563,14 @@ class Catalog:
         if artifact.meta.parent:
             card["parent"] = artifact.meta.parent
         return card
+
+
+def _too_large(entry: _Entry, limit: int | None) -> ArtifactError:
+    room = "" if limit is None else f" ({limit:,})"
+    return ArtifactError(
+        f"adapter '{entry.deployed.name}' is not served: it takes {entry.bytes:,} bytes, more than "
+        f"all adapters may have on the device{room}; squeeze it, or raise device_bytes"
+    )
 
 
 def _check_rank(entry: _Entry, asked: Asked) -> None:

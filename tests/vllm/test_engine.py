@@ -187,6 +187,8 @@ def test_vllm_takes_the_arguments(start: Start) -> None:
         assert (found.enable_lora, found.max_loras) == (True, 8)
         assert found.enable_prefix_caching is True
         assert found.quantization is None
+        assert found.max_lora_rank == WIDEST
+        assert found.structured_outputs_config["disable_any_whitespace"], "JSON on one line"
         module, _, name = found.worker_extension_cls.rpartition(".")
         assert (module, name) == (worker.__name__, worker.WorkerExtension.__name__)
         assert found.additional_config["rayft"]["adapter_bytes"] == SMALL
@@ -238,6 +240,15 @@ def test_without_the_plugin_it_does_not_start(start: Start, monkeypatch: pytest.
     with pytest.raises(ResourceError, match=r"active in 0 of vLLM's 1 workers.*VLLM_PLUGINS"):
         run(start, lambda *_: pytest.fail("started"))
     assert made[0].stopped
+
+
+def test_a_worker_without_the_plugin_is_one_too_many(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutdown = MagicMock()
+    monkeypatch.setattr(Llm, "shutdown", shutdown)
+    # `Llm` has one worker, which answers.
+    with pytest.raises(ResourceError, match="active in 1 of vLLM's 2 workers"):
+        run(lambda: start(gpus=2), lambda *_: pytest.fail("started"))
+    shutdown.assert_called_once_with()
 
 
 @pytest.mark.parametrize("written", [None, "OutOfMemoryError: CUDA out of memory"])

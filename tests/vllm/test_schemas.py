@@ -65,6 +65,9 @@ LEFT_OUT: list[tuple[dict[str, Any], Any, str]] = [
     ({"type": "string", "pattern": "^x*$", "maxLength": 1}, "xxx", "'maxLength' beside 'pattern'"),
     ({"type": "string", "format": "date", "maxLength": 1}, "2020-01-01", "'maxLength' beside 'format'"),
     ({"type": "string", "pattern": "^(?!a)[ab]$"}, "a", "looks ahead or behind"),
+    ({"type": "string", "maxLength": -1}, "xyz", "'maxLength' below 0"),
+    ({**OBJECT, "required": ["a", "b"]}, {"a": "x"}, "'b' in 'required' that is not in 'properties'"),
+    ({"type": ["object", "null"], "required": ["a"]}, {}, "'a' in 'required' that is not in"),
     ({"type": "string", "format": "iban"}, "x", "the format iban, which"),
     ({"type": ["string", "null"], "format": "iban"}, "x", "the format iban, which"),
     ({"type": "array", "uniqueItems": True}, [], "'uniqueItems', which"),
@@ -128,15 +131,43 @@ def test_what_is_not_refused_is_followed(schema: dict[str, Any], right: list[Any
         assert not follows(answer, schema), answer
 
 
+UNESCAPED = {
+    'a"b': 'a"b', "^\\\\n$": "\\n", "^\\t$": "\t", "\t": "\t", '["]': '"', '\\["x]': '["x]', "[\\b]": "\b",
+    "\\x22": '"', "[\\x5C]": "\\", "\\u000a": "\n", "\\cJ": "\n", "[^]": "\n",
+}  # fmt: skip
+"""Pattern → what a model could write between the quotes, which then is no JSON."""
+
+
+@pytest.mark.parametrize(("pattern", "written"), UNESCAPED.items())
+def test_a_pattern_with_which_an_answer_is_no_json_is_refused(pattern: str, written: str) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    assert "a 'pattern' with a character that JSON escapes" in refused(schema)
+    assert writes(f'"{written}"', schema)
+
+
+@pytest.mark.parametrize(
+    "pattern", ['[^"]', ".", "[ -~]", "[\\s\\S]", "\\W", '["a]', "[\\x22a]", "\\/|\\.", "[\\]a]", "\\[\\^\\]"]
+)
+def test_other_patterns_leave_out_what_json_escapes(pattern: str) -> None:
+    schema = {"type": "string", "pattern": f"^(?:{pattern})+$"}
+    check_schema(json.dumps(schema))
+    for written in '"\\\n\t\x01':
+        assert not writes(f'"{written}"', schema), repr(written)
+
+
 def follows(answer: Any, schema: dict[str, Any]) -> bool:
     """Return whether xgrammar lets a model write an answer, under the options of the engine."""
+    return writes(json.dumps(answer, separators=(", ", ": ")), schema)
+
+
+def writes(text: str, schema: dict[str, Any]) -> bool:
+    """Return whether xgrammar lets a model write a text as its whole answer."""
     characters = [bytes([number]) for number in range(256)]
     tokens = xgrammar.TokenizerInfo([*characters, b"<end>"], stop_token_ids=[256])
     compiled = xgrammar.GrammarCompiler(tokens, max_threads=1).compile_json_schema(
         json.dumps(schema), any_whitespace=False
     )
     matcher = xgrammar.GrammarMatcher(compiled)
-    text = json.dumps(answer, separators=(", ", ": "))
     return bool(matcher.accept_string(text) and matcher.accept_token(256))
 
 

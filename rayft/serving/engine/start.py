@@ -119,6 +119,7 @@ def start_engine(config: ServeConfig, engine: EngineName) -> Started:
 
 def _on_cpu(config: ServeConfig) -> Started:
     from rayft.serving.engine.cpu.engine import CpuEngine
+    from rayft.serving.engine.cpu.runner import longest_sequence
 
     dtype = _compute_dtype(config, "cpu")
     loaded = load_model(config.model, dtype, "cpu")
@@ -132,7 +133,8 @@ def _on_cpu(config: ServeConfig) -> Started:
     )
     ends = end_tokens(loaded.model.generation_config, loaded.tokenizer)
     room = None if config.device_bytes is None else parse_bytes(config.device_bytes)
-    context = min(loaded.context, limits.cache_tokens)
+    longest = longest_sequence(loaded.model.config) or loaded.context
+    context = min(loaded.context, limits.cache_tokens, longest)
     return Started(CpuEngine(loaded.model, ends, limits), base, loaded.tokenizer, context, dtype, room)
 
 

@@ -590,13 +590,21 @@ def test_on_a_cpu_the_host_limit_is_for_what_the_device_had_no_room_for(tmp_path
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk", "c@1": "host"}
 
 
-def test_an_adapter_that_never_fits_is_refused_and_concurrent_requests_load_one_once(tmp_path: Path) -> None:
-    small = Server(device=ONE - 1)
-    small.sync({"a": save(tmp_path)})
-    with pytest.raises(ResourceError, match="squeeze it, or raise device_bytes"):
-        small.keys("a")
-    with pytest.raises(ResourceError):
-        small.sync({"a": save(tmp_path, "p")}, pinned=("a",))
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("options", [{"device": ONE - 1}, {"device": ONE, "room": 0}, {"room": 0}], ids=str)
+def test_an_adapter_that_never_fits_is_refused_when_it_is_loaded(
+    options: dict[str, int], pinned: bool, tmp_path: Path
+) -> None:
+    small = Server(**options)
+    with pytest.raises(
+        ArtifactError, match=r"'a' is not served: it takes .* squeeze it, or raise device_bytes"
+    ):
+        small.sync({"a": save(tmp_path)}, pinned=("a",) if pinned else ())
+    assert small.names() == ["base"]
+    assert small.catalog._taken == 0
+
+
+def test_concurrent_requests_load_an_adapter_once(tmp_path: Path) -> None:
     served = Server(device=ONE)
     adapters = {name: save(tmp_path, name) for name in ("x", "y")}
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,24 @@ def test_the_defaults_of_vllms_settings_are_no_settings() -> None:
     check_engine(parse(ServeConfig, named), "cpu")
 
 
+def test_on_a_cpu_no_sequence_is_so_long_that_it_changes_the_rotations_of_others(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    half = settings["hidden_size"] // settings["num_attention_heads"] // 2
+    settings["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 48,
+        "factor": settings["max_position_embeddings"] / 48,
+        "short_factor": [1.0] * half, "long_factor": [4.0] * half,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    started = start_engine(ServeConfig(model=ModelConfig(name=str(folder)), dtype="float32"), "cpu")
+    started.engine.stop()
+    assert started.context == 48 < settings["max_position_embeddings"]
+
+
 @pytest.mark.parametrize("engine", ["cpu", "vllm"])
 def test_only_language_models_are_served(engine: Any) -> None:
     config = parse(ServeConfig, {"model": {"task": "sequence_classification"}})
@@ -68,6 +88,7 @@ def test_a_replica_on_gpus_leaves_the_base_to_vllm(
     assert (options.model, options.adapter_bytes, options.fp8) == (str(tiny_folder), 10**6, True)
     assert limits == EngineLimits(config.max_running, 0, 0), "vLLM chooses the others"
     assert started.context == 48
+    assert started.base.unserved == started.base.shapes.keys(), "the engine has no linear layer"
     assert started.base.fingerprint == source_fingerprint(skeleton, str(tiny_folder))
 
 

@@ -12,7 +12,7 @@ import transformers
 from rayft.errors import ModelError
 from rayft.numerics import assert_close, relative_error
 from rayft.serving.engine.api import GenerationRequest
-from rayft.serving.engine.cpu.runner import Runner, _attention
+from rayft.serving.engine.cpu.runner import Runner, _attention, longest_sequence
 from rayft.serving.engine.cpu.scheduler import Chunk, Sequence
 from rayft.serving.engine.cpu.slots import Slots
 
@@ -91,6 +91,32 @@ def test_soft_caps_and_windows_make_a_difference() -> None:
     for other in (window, capped):
         other.load_state_dict(plain.state_dict())
         assert relative_error(other(prompt).logits[0, -1], plain(prompt).logits[0, -1]) > 0.01
+
+
+@pytest.mark.parametrize("length", [16, 17])
+def test_a_sequence_changes_no_other_up_to_the_length_where_rotations_change(length: int) -> None:
+    rotation = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    model = model_of("phi3", rope_parameters=rotation, original_max_position_embeddings=16, eos_token_id=2)
+    assert longest_sequence(model.config) == 16
+    prompt = tuple(range(6))
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1]
+    sequences = [Sequence(GenerationRequest(tuple(range(length)), 1)), Sequence(GenerationRequest(prompt, 1))]
+    found = run(runner_of(model), sequences, (length, len(prompt)))[sequences[1]]
+    assert (relative_error(found, expected) < 1e-4) == (length == 16)
+
+
+def test_most_rotations_never_change() -> None:
+    plain = transformers.LlamaConfig()
+    assert longest_sequence(plain) is None
+    assert longest_sequence(transformers.GPT2Config()) is None
+    # Parameters for each type of layers.
+    assert longest_sequence(transformers.Gemma3TextConfig()) is None
+    rotation = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+    plain.rope_parameters = {"full_attention": rotation, "sliding_attention": {"rope_type": "default"}}
+    assert longest_sequence(plain) == 16
 
 
 LINEAR = {
