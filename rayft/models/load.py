@@ -378,7 +378,7 @@ def _check_stored(config: ModelConfig, section: dict[str, Any]) -> None:
         raise ModelError(
             f"{config.name} is stored quantised ({kind}, says quantization_config in its config.json), and "
             "only unquantised weights are read: give the checkpoint that it was made from, with "
-            "model.quantize: nf4 or int8 where it has to be small"
+            "model.quantize: nf4 or int8 where it has to be small (served by vLLM: fp8: true)"
         )
     for key in ("dtype", "torch_dtype"):
         value = section.get(key)

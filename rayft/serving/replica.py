@@ -429,10 +429,13 @@ class Replica:
         if asked is not None and asked > most:
             name = "max_tokens" if asked == request.max_tokens else "max_completion_tokens"
             raise BadRequestError(f"{name} is {asked}; this server generates at most {most}", param=name)
-        if prompt + (asked or 1) > self._room:
+        # An engine generates at least one.
+        least = asked or 1
+        if prompt + least > self._room:
+            made = "at least one is" if least == 1 else f"{least} are to be"
             raise ContextLengthError(
                 f"this model's maximum context length is {self._room} tokens, but the prompt has {prompt} "
-                f"and {asked or 1} are to be generated; shorten the prompt or lower max_tokens",
+                f"and {made} generated; shorten the prompt{'' if least == 1 else ' or lower max_tokens'}",
                 param=param,
             )
         return min(request.default_max_tokens or most, most, self._room - prompt) if asked is None else asked

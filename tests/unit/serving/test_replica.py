@@ -546,7 +546,13 @@ def test_without_a_limit_a_completion_generates_up_to_16_tokens(
     [
         (text(model="nobody"), UnknownModelError, "model", "served are base"),
         (text("x" * 600), ContextLengthError, "prompt", "this model's maximum context length is 512"),
-        (text("x" * 500, max_tokens=13), ContextLengthError, "prompt", "context length is 512"),
+        (text("x" * 500, max_tokens=13), ContextLengthError, "prompt", "or lower max_tokens$"),
+        (
+            text("x" * 512, max_tokens=0, echo=True),
+            ContextLengthError,
+            "prompt",
+            "at least one .* the prompt$",
+        ),
         (text(max_tokens=101), BadRequestError, "max_tokens", "at most 100"),
         (text(""), BadRequestError, "prompt", "empty"),
     ],
