@@ -278,7 +278,9 @@ def check_slots(
     else:
         refusal = unpackable(model())
     if refusal:
-        raise ConfigError(f"sweep.slots is {sweep.slots}, but trials can't share a batch: {refusal}; drop slots")
+        raise ConfigError(
+            f"sweep.slots is {sweep.slots}, but trials can't share a batch: {refusal}; drop slots"
+        )
     if not alone:
         return sweep.slots, ()
     name, reason = next(iter(alone.items()))
