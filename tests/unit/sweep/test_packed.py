@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from rayft.data.section import DataConfig
+from rayft.errors import DiskFullError
 from rayft.sweep import packed as module
 from rayft.sweep.jobs import Job
 from rayft.sweep.packed import PackedScores, PackedTrials
 from rayft.sweep.score import BATCHES, ScoreRequest
-from rayft.train.course import CrowdedError, Question
+from rayft.train.course import Clock, CrowdedError, Question
 from rayft.train.run import EvaluateConfig, RunConfig
 from rayft.train.slots import Sizing
 
@@ -87,6 +88,36 @@ def test_the_evaluations_of_a_rung_go_to_the_broker_in_one_message(monkeypatch: 
     assert answered == ["end"]
     trials._ask()
     assert calls[4:] == [("report", "end")], "an evaluation was passed on twice"
+
+
+def test_an_evaluation_that_can_not_be_tracked_ends_its_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack: Any = SimpleNamespace()
+    monkeypatch.setattr(module, "Pack", lambda *_, **__: pack)
+    full, left = DiskFullError("the disk is full"), list[str]()
+
+    def ask(*_: object) -> str:
+        raise full
+
+    def course(key: str) -> Any:
+        try:
+            yield Question(10, {"val_loss": 1.0})
+        finally:
+            left.append(key)
+
+    lane: Any = Lane()
+    lane.broker = SimpleNamespace(announce=SimpleNamespace(remote=lambda _: None))
+    trials: Any = PackedTrials(lane, None, Job("a", "train", b""), Sizing(8))  # type: ignore[arg-type]
+    for key, asked in (("bad", ask), ("good", lambda *_: "verdict")):
+        reporter = SimpleNamespace(must_ask=lambda _: True, ask=asked)
+        trials._trials[key] = SimpleNamespace(reporter=reporter)
+        trials._jobs[key] = Job(key, "train", b"")
+        trials._courses.begin(key, course(key), Clock())
+    trials._ask()
+    trials._end()
+    assert lane.over == [("bad", full)]
+    assert left == ["bad"], "its place is free"
+    assert trials._verdicts == {"good": "verdict"}
+    assert [*trials._courses.questions] == ["good"]
 
 
 def scored(
