@@ -20,7 +20,7 @@ from rayft.config import Record
 from rayft.data.source import majority_answer
 from rayft.errors import RayftError, TrainError
 from rayft.evaluate.compare import interval
-from rayft.flow.squeeze.make import SqueezedAdapter
+from rayft.flow.squeeze.make import SqueezedAdapter, targets
 from rayft.flow.sweep.preflight import Plan
 from rayft.models.identity import base_files
 from rayft.models.methods import method
@@ -278,11 +278,22 @@ def questions_text(plan: Plan) -> str:
     """Return the sentence that says, before a sweep starts, how much will be scored after its search."""
     if not plan.parts.asks:
         return "raw text has no answers to score: the trial with the least validation loss wins"
-    each = len(plan.parts.val) + len(plan.parts.test)
-    text = f"to be scored after the search: {each} examples for each trial that can win"
+    test = len(plan.parts.test)
+    text = f"to be scored after the search: {len(plan.parts.val) + test} examples for each trial that can win"
+    if squeezed := _most_squeezed(plan):
+        text += f" and each of up to {squeezed} squeezed adapters"
+    if len(plan.points) > 1:
+        text += f", {test} for each other trial"
     if asked := len(_base_requests(plan)):
         text += f", and {_base_questions(plan)} for the base in {asked} ways (evaluate.base_examples)"
     return text
+
+
+def _most_squeezed(plan: Plan) -> int:
+    """Return how many squeezed adapters there will be, at most: a rank that a winner is below is left out."""
+    config = plan.config.squeeze
+    made = min(config.winners, len(plan.points)) * len(targets(config, None))
+    return made if config.cont is None else 2 * made
 
 
 def _base_questions(plan: Plan) -> int:

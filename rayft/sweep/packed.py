@@ -110,7 +110,11 @@ class PackedTrials:
         if due:
             self._lane.broker.announce.remote(due)
         for key, asked in new.items():
-            verdict = self._trials[key].reporter.ask(asked.step, asked.metrics)
+            try:
+                verdict = self._trials[key].reporter.ask(asked.step, asked.metrics)
+            except Exception as error:  # noqa: BLE001  (the tracker's; it must not end the others)
+                self._courses.fail(key, error)
+                continue
             if verdict is None:
                 self._answer(key, go_on=True)
             else:

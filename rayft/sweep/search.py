@@ -70,7 +70,8 @@ def search(
 ) -> list[Trial]:
     """Run the trials under ASHA and return them as they ended, in the order of `trials`.
 
-    The decisions of an earlier, interrupted search in `output` are repeated.
+    Trials that can share a lane's steps begin before those that take turns. The decisions of an earlier,
+    interrupted search in `output` are repeated.
 
     Args:
         sweep: the search's settings.
@@ -94,7 +95,10 @@ def search(
         ray.get(executor.broker.cancel.remote(key, step))
 
     asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
-    waiting = [request for request in requests if _unfinished(request)]
+    # Those that take turns come last: as the first, they would be counted among the trials at the same time
+    # without a slot, which then stayed empty.
+    order = sorted(requests, key=lambda request: not request.pack)
+    waiting = [request for request in order if _unfinished(request)]
     if waiting:
         executor.start()
         executor.forget([request.key for request in waiting])
@@ -102,7 +106,7 @@ def search(
         # Tune starts a process for each trial before it submits its job. Jobs that begin together must not
         # wait for that, or a lane would take them up one by one.
         executor.submit([Job.of(one.key, one, pack=one.pack) for one in waiting[:at_once] if one.pack])
-        _run_tune(sweep, lambda: _tuner(sweep, requests, executor, asha, check, at_once))
+        _run_tune(sweep, lambda: _tuner(sweep, order, executor, asha, check, at_once))
     return [
         _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
     ]

@@ -271,10 +271,16 @@ def check_slots(
     if sweep.slots == 1:
         return 1, ()
     alone = {trial.name: reason for trial in trials if (reason := why_alone(trial.run))}
-    refusal = next(iter(alone.values())) if len(alone) == len(trials) else unpackable(model())
-    refusal = refusal if lanes else "executor: isolated gives each trial workers of its own"
+    if len(alone) == len(trials):
+        refusal = next(iter(alone.values()))
+    elif not lanes:
+        refusal = "executor: isolated gives each trial workers of its own"
+    else:
+        refusal = unpackable(model())
     if refusal:
-        raise ConfigError(f"sweep.slots is {sweep.slots}, but trials can't share a batch: {refusal}; drop it")
+        raise ConfigError(
+            f"sweep.slots is {sweep.slots}, but trials can't share a batch: {refusal}; drop slots"
+        )
     if not alone:
         return sweep.slots, ()
     name, reason = next(iter(alone.items()))

@@ -643,6 +643,10 @@ class Courses(Generic[EndT]):
         course = self._courses[key]
         self._go_on(key, course.send, go_on)
 
+    def fail(self, key: str, error: Exception) -> None:
+        """Raise an error in a run, in place of an answer."""
+        self._go_on(key, self._courses[key].throw, error)
+
     def advance(self) -> bool:
         """Go on with all runs that have no question: validate those that ask for it, or else take a step.
 

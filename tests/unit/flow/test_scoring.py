@@ -19,6 +19,7 @@ from rayft.flow.scoring import (
     score_sweep,
 )  # fmt: skip
 from rayft.flow.sweep.preflight import Plan
+from rayft.squeeze.section import SqueezeConfig
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.search import Trial, earlier
 from tests.unit.damages import DAMAGES, half
@@ -85,6 +86,27 @@ def test_what_cannot_be_scored_leaves_the_other_scores_alone(plan: Plan) -> None
     assert one.error.startswith("can't be scored: ")
 
 
+def test_the_sentence_before_a_sweep_counts_all_that_will_be_scored(plan: Plan) -> None:
+    few = plan.run.evaluate.model_copy(update={"base_examples": 1})
+    plan = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
+    both, base = (
+        len(plan.parts.val) + len(plan.parts.test),
+        "2 for the base in 3 ways (evaluate.base_examples)",
+    )
+
+    def said(points: int, **squeeze: Any) -> str:
+        config = plan.config.model_copy(update={"squeeze": SqueezeConfig(**squeeze)})
+        return questions_text(replace(plan, config=config, points=[plan.points[0]] * points))
+
+    start = f"to be scored after the search: {both} examples for each trial that can win"
+    assert said(1, ranks=()) == f"{start}, and {base}"
+    others = f", {len(plan.parts.test)} for each other trial, and {base}"
+    assert said(3, ranks=()) == start + others
+    assert said(3, ranks=(2, 1), energy=0.9) == f"{start} and each of up to 3 squeezed adapters{others}"
+    further = said(3, ranks=(2, 1), winners=5, cont={"steps": 2})
+    assert further == f"{start} and each of up to 12 squeezed adapters{others}"
+
+
 def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
     asked: dict[str, ScoreRequest] = {}
 
@@ -105,10 +127,6 @@ def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
     asked.clear()
     few = plan.run.evaluate.model_copy(update={"base_examples": 1})
     sampled = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
-    assert questions_text(sampled) == (
-        f"to be scored after the search: {len(plan.parts.val) + 2} examples for each trial that can win, "
-        "and 2 for the base in 3 ways (evaluate.base_examples)"
-    )
     said: list[str] = []
     found, scores = score_sweep(sampled, executor, trials, trials, store, said.append)
     assert [request.examples for request in asked.values()] == [1] * 3

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from rayft.data.section import DataConfig
+from rayft.errors import DiskFullError
 from rayft.sweep import packed as module
 from rayft.sweep.jobs import Job
-from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.packed import SETTLE_SECONDS, PackedScores, PackedTrials
 from rayft.sweep.score import BATCHES, ScoreRequest
-from rayft.train.course import CrowdedError, Question
+from rayft.train.course import Clock, CrowdedError, Question
 from rayft.train.run import EvaluateConfig, RunConfig
 from rayft.train.slots import Sizing
 
@@ -87,6 +88,88 @@ def test_the_evaluations_of_a_rung_go_to_the_broker_in_one_message(monkeypatch: 
     assert answered == ["end"]
     trials._ask()
     assert calls[4:] == [("report", "end")], "an evaluation was passed on twice"
+
+
+def test_a_trial_that_waits_for_a_decision_does_not_hold_up_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "Pack", lambda *_, **__: None)
+    decided: dict[str, str] = {}
+    waited: list[float | None] = []
+
+    def wait(references: list[str], *, num_returns: int, timeout: float | None = None) -> Any:
+        waited.append(timeout)
+        if timeout is None:
+            assert num_returns == 1
+            decided[references[0]] = "stop"
+        return [one for one in references if one in decided][:num_returns], []
+
+    monkeypatch.setattr(module.ray, "wait", wait)
+    monkeypatch.setattr(module.ray, "get", decided.get)
+    lane: Any = Lane()
+    lane.timed = lambda _: nullcontext()
+    trials: Any = PackedTrials(lane, None, Job("a", "train", b""), Sizing(8))  # type: ignore[arg-type]
+    answers: list[tuple[str, bool]] = []
+
+    class Courses:
+        def __len__(self) -> int:
+            return 2
+
+        def answer(self, key: str, go_on: bool) -> None:
+            answers.append((key, go_on))
+
+    trials._courses = Courses()
+    reporter = SimpleNamespace(decided=lambda verdict: verdict != "stop")
+    trials._trials = dict.fromkeys("ab", SimpleNamespace(reporter=reporter))
+    trials._hear()
+    assert waited == [], "nobody asks"
+    trials._verdicts, trials._new = {"a": "of a"}, True
+    trials._hear()
+    trials._hear()
+    # b takes its next step soon, and the steps after that at once.
+    assert waited == [SETTLE_SECONDS, 0.0]
+    assert answers == []
+    decided["of a"] = "continue"
+    trials._hear()
+    assert answers == [("a", True)]
+    assert trials._verdicts == {}
+    trials._verdicts, trials._new = {"a": "again of a", "b": "of b"}, True
+    waited.clear()
+    trials._hear()
+    # Nobody can take a step, so it waits for one decision, however long.
+    assert waited == [SETTLE_SECONDS, None]
+    assert answers[1:] == [("a", False)]
+    assert [*trials._verdicts] == ["b"]
+
+
+def test_an_evaluation_that_can_not_be_tracked_ends_its_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack: Any = SimpleNamespace()
+    monkeypatch.setattr(module, "Pack", lambda *_, **__: pack)
+    full, left = DiskFullError("the disk is full"), list[str]()
+
+    def ask(*_: object) -> str:
+        raise full
+
+    def course(key: str) -> Any:
+        try:
+            yield Question(10, {"val_loss": 1.0})
+        finally:
+            left.append(key)
+
+    lane: Any = Lane()
+    lane.broker = SimpleNamespace(announce=SimpleNamespace(remote=lambda _: None))
+    trials: Any = PackedTrials(lane, None, Job("a", "train", b""), Sizing(8))  # type: ignore[arg-type]
+    for key, asked in (("bad", ask), ("good", lambda *_: "verdict")):
+        reporter = SimpleNamespace(must_ask=lambda _: True, ask=asked)
+        trials._trials[key] = SimpleNamespace(reporter=reporter)
+        trials._jobs[key] = Job(key, "train", b"")
+        trials._courses.begin(key, course(key), Clock())
+    trials._ask()
+    trials._end()
+    assert lane.over == [("bad", full)]
+    assert left == ["bad"], "its place is free"
+    assert trials._verdicts == {"good": "verdict"}
+    assert [*trials._courses.questions] == ["good"]
 
 
 def scored(

@@ -107,6 +107,30 @@ def test_as_many_trials_are_begun_as_lanes_can_use(
     assert len(jobs) == submitted
 
 
+def test_trials_that_take_turns_leave_the_slots_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = LaneExecutor.__new__(LaneExecutor)
+    executor.lanes, executor.slots, executor._started = 1, 2, True
+    jobs, begun = list[Any](), list[str]()
+    monkeypatch.setattr(LaneExecutor, "submit", lambda _, found: jobs.extend(found))
+    monkeypatch.setattr(LaneExecutor, "forget", lambda *_: None)
+
+    def tuner(_: Any, requests: Any, *rest: Any) -> Any:
+        begun.extend(request.run.method.name for request in requests)
+        return MagicMock()
+
+    monkeypatch.setattr(search, "_tuner", tuner)
+    monkeypatch.setattr(search, "_collect", lambda point, request, *_: (point.key, request.key))
+    space = {name: MethodSpace(lr=(1e-3, 2e-3)) for name in ("full", "lora", "paca")}
+    sweep = SweepConfig(methods=space, grace=2)
+    trials = points(sweep, RunConfig(data=DataConfig(source="jsonl", name="rows.jsonl")))
+    found: Any = search.search(sweep, trials, executor, tmp_path)
+    assert begun == ["lora", "lora", "full", "paca", "full", "paca"]
+    assert len(jobs) == 2, "both slots have a trial"
+    assert found == [(trial.key, trial.key) for trial in trials]
+
+
 def test_the_process_of_a_trial_imports_no_torch() -> None:
     script = "import sys, rayft.sweep.trial_actor; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -240,6 +240,8 @@ def base(**settings: object) -> nn.Module:
         ({}, {"executor": "isolated"}, {}, "executor: isolated gives each trial workers of its own"),
         ({}, {}, {"attention_dropout": 0.1}, r"random numbers \(attention_dropout: 0.1\)"),
         ({"scale": {"workers": 2}, "optim": {"rows_per_step": 2}}, {}, {}, "scale.workers is 2"),
+        # Its trials run isolated, which nobody has asked for.
+        ({"scale": {"zero": 3}}, {}, {}, "scale.zero is 3"),
         ({"scale": {"zero": 2, "offload": True}}, {}, {}, "scale.offload is set"),
         ({"scale": {"activation_checkpointing": True}}, {}, {}, "scale.activation_checkpointing is set"),
         ({"model": {"task": "sequence_classification"}}, {}, {}, "model.task is sequence_classification"),
@@ -256,7 +258,7 @@ def test_slots_are_refused_if_no_trials_can_share_a_batch(
         config = SweepConfig(**{"methods": {"lora": MethodSpace()}, **sweep, "slots": slots})
         trials = points(config, run)
         if slots == 4:
-            with pytest.raises(ConfigError, match=rf"sweep.slots is 4, .*: .*{reason}.*; drop it"):
+            with pytest.raises(ConfigError, match=rf"sweep.slots is 4, .*: .*{reason}.*; drop slots"):
                 check_slots(config, trials, lambda: base(**settings))
         else:
             assert check_slots(config, trials, lambda: base(**settings)) == (1, ())
