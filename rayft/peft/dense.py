@@ -54,7 +54,7 @@ def read_dense(folder: Path) -> PeftFolder:
     file, settings = folder / CONFIG_FILE, read_json(folder)
     name = _name(settings["peft_type"].upper(), settings, file)
     _check_values(file, settings)
-    tensors = read_weights(folder, (*FLOATS, *INDICES))
+    tensors = read_weights(folder, FLOATS | INDICES)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ArtifactError(

@@ -155,7 +155,7 @@ class PeftFolder:
         """
         folder = Path(folder)
         config = read_json(folder)
-        return cls(config, read_weights(folder, (*FLOATS, *INDICES)), read_meta(folder, config))
+        return cls(config, read_weights(folder, FLOATS | INDICES), read_meta(folder, config))
 
     def _write(self, folder: Path) -> None:
         write_weights(folder, self.tensors)
