@@ -24,7 +24,8 @@ interval.
     tier       `rayft serve` with 12 adapters of 100 MB and room for 4 on the device: time to the first token
                of one that was evicted, and of one that is there; and the time between the parts of 32 streams
                of the base: alone (`quiet`), while one request a second asks for an adapter that is there
-               (`asked`), and while one asks for an evicted one (`loading`)
+               (`asked`), while one asks for an evicted one (`loading`), and while one is read from its folder
+               under a new name, asked for, and deleted (`reading`)
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ import sys
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -586,6 +588,7 @@ def rayft_server(part: str) -> None:
         max_new_tokens=STREAMED,
         device_bytes="2GB" if part == "http" else "500MB",
         fetched=str(WORK / "fetched"),
+        roots=(str(WORK),),
     )
     run(config)
 
@@ -772,28 +775,24 @@ def first_token(client: Any, model: str, chosen: random.Random) -> float:
     return (first - begin) * 1e3
 
 
-def between(
-    client: Any, pipes: Sequence[Connection], seed: int, adapters: Iterator[str] | None
-) -> list[float]:
+def between(pipes: Sequence[Connection], seed: int, ask: Callable[[], object] | None) -> list[float]:
     """Stream answers of the base.
 
     Args:
-        client: asks for adapters.
         pipes: lead to the clients that stream.
         seed: of the prompts.
-        adapters: each second the next one is asked for; None to ask for nothing.
+        ask: called each second; None for nothing.
 
     Returns:
         The seconds between parts of an answer, sorted.
     """
     for index, pipe in enumerate(pipes):
         pipe.send((streams, ROWS // len(pipes), seed + index))
-    chosen = random.Random(seed)
     while not all(pipe.poll() for pipe in pipes):
         begin = time.perf_counter()
-        if adapters is not None:
-            first_token(client, next(adapters), chosen)
-        time.sleep(max(0.0, (0.05 if adapters is None else 1.0) - (time.perf_counter() - begin)))
+        if ask is not None:
+            ask()
+        time.sleep(max(0.0, (0.05 if ask is None else 1.0) - (time.perf_counter() - begin)))
     return sorted(gap for pipe in pipes for gap in pipe.recv())
 
 
@@ -802,22 +801,34 @@ def evicted_and_loaded(client: Any, pipes: Sequence[Connection]) -> dict[str, fl
     chosen, found = random.Random(0), dict[str, float]()
     # In turn, so that each one was evicted since it was used; the first round warms up.
     evicted = itertools.cycle(f"large{number}" for number in range(EVICTING))
-    for name in itertools.islice(evicted, EVICTING):
+    new = (f"new{number}" for number in itertools.count())
+
+    def first() -> float:
+        return first_token(client, next(evicted), chosen)
+
+    def read() -> None:
+        """Serve an adapter that the server has not read yet, and end that."""
+        adapters, name = f"http://127.0.0.1:{PORTS['rayft']}/v1/adapters", next(new)
+        body = {"name": name, "source": str(WORK / "large")}
+        client.post(adapters, json=body).raise_for_status()
         first_token(client, name, chosen)
-    pairs = [
-        (first_token(client, name, chosen), first_token(client, name, chosen))
-        for name in itertools.islice(evicted, 24)
-    ]
+        client.delete(f"{adapters}/{name}").raise_for_status()
+
+    for _ in range(EVICTING):
+        first()
+    pairs = []
+    for name in itertools.islice(evicted, 24):
+        pairs.append([first_token(client, name, chosen) for _ in range(2)])
     found["evicted_first_token_ms"], found["there_first_token_ms"] = map(
         statistics.median, zip(*pairs, strict=True)
     )
-    between(client, pipes, 0, evicted)
+    between(pipes, 0, first)
     for turn in range(TIER_ROUNDS):
         resident = next(evicted)
         first_token(client, resident, chosen)
-        there = itertools.repeat(resident)
-        for name, asked in (("quiet", None), ("asked", there), ("loading", evicted)):
-            gaps = between(client, pipes, 100 * turn, asked)
+        again = partial(first_token, client, resident, chosen)
+        for name, ask in (("quiet", None), ("asked", again), ("loading", first), ("reading", read)):
+            gaps = between(pipes, 100 * turn, ask)
             for share in (50, 99):
                 found[f"{name}_p{share}_ms/{turn}"] = gaps[len(gaps) * share // 100] * 1e3
     return found
