@@ -31,10 +31,10 @@ from benchmarks.records import RESULTS, record, save
 from benchmarks.trials import TASKS, LaneRunner, TrialStore, device_kind, prepare, task_data
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
-from rayft.flow.sweep.preflight import skeleton
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, LayerShape, MethodConfig
-from rayft.models.load import ModelConfig
+from rayft.models.load import ModelConfig, load_skeleton
+from rayft.models.targets import linear_shapes
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 MODEL = "smollm2-135m-instruct"
@@ -89,7 +89,7 @@ class Scale:
 
 def settings(scale: Scale, tasks: Sequence[str], names: Sequence[str]) -> list[Setting]:
     """Return the settings to compare: each method at both budgets, or once if both have the same rank."""
-    shapes, _, _ = skeleton(ModelConfig(name=scale.model))
+    shapes = linear_shapes(load_skeleton(ModelConfig(name=scale.model)))
     layers = [LayerShape(*shape) for shape in shapes.values()]
     # Methods that change the base come last, since a lane loads the base again after them.
     names = sorted(names, key=lambda name: name == "full")
@@ -232,7 +232,8 @@ def _edge(bench: Trials, setting: Setting) -> list[float]:
 
 def records(trials: Trials, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
     """Return the results of trials: for each method, task and budget, then over tasks and against LoRA."""
-    layers = [LayerShape(*shape) for shape in skeleton(ModelConfig(name=trials.scale.model))[0].values()]
+    shapes = linear_shapes(load_skeleton(ModelConfig(name=trials.scale.model)))
+    layers = [LayerShape(*shape) for shape in shapes.values()]
     rows, matrices = [], {}
     for setting in wanted:
         scores, lr = trials.matrix(setting), trials.best_lr(setting)

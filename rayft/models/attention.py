@@ -28,6 +28,7 @@ __all__ = [
     "check_packing",
     "dense_mask",
     "fits_graphs",
+    "longest_sequence",
     "mask_for",
     "plain_attention",
     "unknown_options",
@@ -86,10 +87,17 @@ def check_packing(model: Any, length: int) -> None:
         length: the longest segment.
 
     Raises:
-        ModelError: if not only attention passes information between tokens, or windows of attention are
-            given to it in masks alone.
+        ModelError: if not only attention passes information between tokens, windows of attention are given
+            to it in masks alone, or a long example changes how the others are rotated.
     """
     config = model.config.get_text_config()
+    longest = longest_sequence(config)
+    if longest is not None and length > longest:
+        raise ModelError(
+            f"{type(model).__name__} rotates a whole batch otherwise if a token in it is beyond position "
+            f"{longest:,} (LongRoPE), so short examples would depend on those that share their rows; set "
+            f"data.max_length to {longest} or less, or data.packing: false"
+        )
     kinds = {*(getattr(config, "layer_types", None) or ())} - LAYER_TYPES
     mixes = sorted(kinds) or (["a state"] if getattr(model, "_is_stateful", False) else [])
     if mixes or config.model_type in MIXING:
@@ -102,6 +110,24 @@ def check_packing(model: Any, length: int) -> None:
     raise ModelError(
         f"{type(model).__name__} {what}, so examples that share a row would be computed wrongly; set "
         "data.packing: false, or choose another base"
+    )
+
+
+def longest_sequence(config: Any) -> int | None:
+    """Return up to how many tokens a model rotates alike in every batch; None if it always does.
+
+    LongRoPE has other frequencies in a forward with a position beyond the original context, also for the
+    batch's shorter sequences and beside keys that were cached before.
+
+    Args:
+        config: of the model, as transformers reads it.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Some models have parameters for each type of layers.
+    each = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]
+    return min(
+        (int(one["original_max_position_embeddings"]) for one in each if one.get("rope_type") == "longrope"),
+        default=None,
     )
 
 

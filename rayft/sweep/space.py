@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -249,14 +249,14 @@ def slots_asked(sweep: SweepConfig, scale: ScaleConfig) -> int | None:
 
 
 def check_slots(
-    sweep: SweepConfig, trials: Sequence[Point], model: Callable[[], nn.Module]
+    sweep: SweepConfig, trials: Sequence[Point], model: nn.Module
 ) -> tuple[int | None, tuple[str, ...]]:
     """Return the most trials that share a lane's steps, and what a person should know about that.
 
     Args:
         sweep: the search's settings.
         trials: its trials.
-        model: returns the base, whose weights need not be loaded.
+        model: the base, whose weights need not be loaded.
 
     Returns:
         None if the lanes find out how many are fastest.
@@ -276,7 +276,7 @@ def check_slots(
     elif not lanes:
         refusal = "executor: isolated gives each trial workers of its own"
     else:
-        refusal = unpackable(model())
+        refusal = unpackable(model)
     if refusal:
         raise ConfigError(
             f"sweep.slots is {sweep.slots}, but trials can't share a batch: {refusal}; drop slots"

@@ -33,6 +33,7 @@ from rayft.flow.sweep.folder import (
 from rayft.flow.sweep.identity import begun_by, check_identity, not_used, sweep_id
 from rayft.identity import Identity
 from rayft.methods.base import LayerShape
+from rayft.models.attention import check_packing
 from rayft.models.files import cache_folder
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
 from rayft.models.methods import method
@@ -50,7 +51,7 @@ from rayft.train.run import RunConfig
 from rayft.train.session import check_task
 from rayft.train.trainer import check_start
 
-__all__ = ["Plan", "preflight", "skeleton"]
+__all__ = ["Plan", "described", "preflight"]
 
 CHECKED = 200
 """How many examples of a part have their own answers scored before the sweep starts."""
@@ -96,10 +97,10 @@ def preflight(config: PipelineConfig) -> Plan:
     trials = points(config.sweep, run)
     check_distinct(trials)
     executor = check_executor(config.sweep, run)
-    slots, turns = check_slots(config.sweep, trials, lambda: load_skeleton(run.model))
-    _check_devices(run)
-    check_settings(run)
-    shapes, encoder, context = skeleton(run.model)
+    base = load_skeleton(run.model)
+    slots, turns = check_slots(config.sweep, trials, base)
+    _check_run(run, base)
+    shapes, encoder, context = described(run.model, base)
     _check_ranks(trials, shapes)
     start = _check_start(trials, run, shapes)
     prepared = prepare(config.data, encoder, cache_folder())
@@ -163,16 +164,16 @@ def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
-    """Return what is known of a model without loading its weights.
+def described(config: ModelConfig, model: Any) -> tuple[dict[str, tuple[int, int]], Any, int]:
+    """Return a model's linear layers (name → outputs, inputs), what encodes its inputs, and its context.
 
-    Returns:
-        Its linear layers (name → outputs, inputs), what encodes its inputs, and its context in tokens.
+    Args:
+        config: says which model it is.
+        model: its skeleton.
 
     Raises:
-        ModelError: if the model can't be found.
+        ModelError: if what encodes its inputs can't be found.
     """
-    model = load_skeleton(config)
     encoder = load_encoder(config, model.config)
     return linear_shapes(model), encoder, context_length(config, model.config, encoder)
 
@@ -216,10 +217,14 @@ def _check_links(trials: Sequence[Point], train: Sequence[AnyEncoded]) -> None:
             link_steps(run, RowStream(train, run.data.max_length, rows, run.seed, packing=run.data.packing))
 
 
-def _check_devices(run: RunConfig) -> None:
+def _check_run(run: RunConfig, base: Any) -> None:
+    """Check what all trials share, beside the data."""
     gpus = has_gpus()
     if run.scale.device == "cuda" and not (torch.cuda.is_available() if gpus is None else gpus):
         raise ResourceError(
             "scale.device is cuda, but no GPU is here; set scale.device: cpu or auto. A cluster whose GPU "
             "nodes start later declares them by a resource gpu_cluster on its head"
         )
+    check_settings(run)
+    if run.data.packing and run.model.task == "causal_lm":
+        check_packing(base, run.data.max_length)

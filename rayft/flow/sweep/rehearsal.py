@@ -74,7 +74,7 @@ def rehearse_sweep(
     _await(run)
     trials = points(settings.sweep, run)
     base = load_skeleton(run.model)
-    slots, _ = check_slots(settings.sweep, trials, lambda: base)
+    slots, _ = check_slots(settings.sweep, trials, base)
     runs = [trial.run for trial in trials]
     if reason := _no_room(run, base):
         logger.info("no rehearsal: %s", reason)

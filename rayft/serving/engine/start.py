@@ -11,6 +11,7 @@ from torch import nn
 from rayft.artifacts import ModuleShapes
 from rayft.errors import ConfigError, ModelError
 from rayft.kernels.grouped_lora import WIDEST
+from rayft.models.attention import longest_sequence
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import context_length, load_encoder, load_model, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
@@ -119,7 +120,6 @@ def start_engine(config: ServeConfig, engine: EngineName) -> Started:
 
 def _on_cpu(config: ServeConfig) -> Started:
     from rayft.serving.engine.cpu.engine import CpuEngine
-    from rayft.serving.engine.cpu.runner import longest_sequence
 
     dtype = _compute_dtype(config, "cpu")
     loaded = load_model(config.model, dtype, "cpu")

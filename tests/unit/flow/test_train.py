@@ -13,10 +13,11 @@ from rayft.config import parse, read_yaml
 from rayft.errors import BaseMismatchError, ConfigError, MethodError
 from rayft.flow.config import TrainConfig
 from rayft.flow.data import look
-from rayft.flow.sweep.preflight import preflight, skeleton
+from rayft.flow.sweep.preflight import preflight
 from rayft.flow.train import as_sweep, ignored_space
 from rayft.methods.base import LoraFactors
-from rayft.models.load import ModelConfig
+from rayft.models.load import ModelConfig, load_skeleton
+from rayft.models.targets import linear_shapes
 from rayft.sweep.result import TrialResult, trial_folder, write_result
 from rayft.sweep.space import points
 from rayft.train.run import RunConfig
@@ -94,7 +95,7 @@ def test_a_mistake_is_found_before_anything_starts() -> None:
 @pytest.fixture
 def adapter(tmp_path: Path, prepared: None) -> AdapterArtifact:
     """A LoRA of rank 3 of two layers of the tiny model, whose base is not recorded."""
-    shapes, _, _ = skeleton(ModelConfig(name="tiny-llama"))
+    shapes = linear_shapes(load_skeleton(ModelConfig(name="tiny-llama")))
     modules = {
         name: LoraFactors(torch.ones(3, inputs), torch.zeros(outputs, 3), 2.0)
         for name, (outputs, inputs) in list(shapes.items())[:2]

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
 from rayft.errors import ModelError
 from rayft.models import attention as module
@@ -17,6 +23,7 @@ from rayft.models.attention import (
     attend_by_segments,
     check_packing,
     dense_mask,
+    longest_sequence,
     mask_for,
     segment_attention,
 )
@@ -26,6 +33,14 @@ LENGTHS = (5, 1, 9, 3, 6)
 ROWS, WIDTH = 2, 12
 OFFSETS = torch.tensor([0, 5, 6, 12, 12, 15, 21, 24, 24, 24], dtype=torch.int32)
 """Two rows of 12 tokens: segments of 5, 1, 6, an empty one, then 3, 6, 3, and two empty ones at the end."""
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 8,
+}
+"""Rotations that change beyond position 8."""
 
 
 class Layer(torch.nn.Module):
@@ -243,6 +258,12 @@ def test_a_model_that_takes_no_mask_of_all_pairs_is_refused() -> None:
         ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}, 9, "linear_attention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, 9, "conv"),
         ("phimoe", {"sliding_window": 8, "num_local_experts": 2}, 9, "8 tokens at most, .* data.max_length"),
+        (
+            "phi3",
+            {"rope_parameters": {**LONG}, "original_max_position_embeddings": 8},
+            9,
+            "data.max_length to 8",
+        ),
     ],
 )
 def test_models_whose_examples_would_see_one_another_are_refused(
@@ -258,3 +279,13 @@ def test_models_whose_examples_would_see_one_another_are_refused(
 )
 def test_models_whose_examples_see_only_themselves_are_not_refused(kind: str, more: dict[str, Any]) -> None:
     check_packing(small(kind, **more), 9)
+
+
+def test_most_rotations_never_change() -> None:
+    plain = LlamaConfig()
+    assert longest_sequence(plain) is None
+    assert longest_sequence(GPT2Config()) is None
+    # Parameters for each type of layers.
+    assert longest_sequence(Gemma3TextConfig()) is None
+    plain.rope_parameters = {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}
+    assert longest_sequence(plain) == 8

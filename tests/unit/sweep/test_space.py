@@ -259,25 +259,25 @@ def test_slots_are_refused_if_no_trials_can_share_a_batch(
         trials = points(config, run)
         if slots == 4:
             with pytest.raises(ConfigError, match=rf"sweep.slots is 4, .*: .*{reason}.*; drop slots"):
-                check_slots(config, trials, lambda: base(**settings))
+                check_slots(config, trials, base(**settings))
         else:
-            assert check_slots(config, trials, lambda: base(**settings)) == (1, ())
+            assert check_slots(config, trials, base(**settings)) == (1, ())
 
 
 def test_trials_that_take_turns_beside_slots_are_counted(run: RunConfig) -> None:
     both = SweepConfig(methods={"lora": MethodSpace(), "paca": MethodSpace(lr=(1e-3, 2e-3))}, slots=4)
-    slots, notes = check_slots(both, points(both, run), base)
+    slots, notes = check_slots(both, points(both, run), base())
     assert slots == 4
     (note,) = notes
     assert note.startswith("2 of 3 trials take turns, such as paca-r16-lr0.001-s0: 'paca' changes the base")
     shared = SweepConfig(methods={"lora": MethodSpace(lr=(1e-3, 2e-3))}, slots=4)
-    assert check_slots(shared, points(shared, run), base) == (4, ())
+    assert check_slots(shared, points(shared, run), base()) == (4, ())
 
 
 def test_lanes_on_gpus_find_out_how_many_slots_are_fastest(run: RunConfig) -> None:
     config = SweepConfig(methods={"lora": MethodSpace()})
     run = run.model_copy(update={"scale": ScaleConfig(device="cuda")})
-    assert check_slots(config, points(config, run), base) == (None, ())
+    assert check_slots(config, points(config, run), base()) == (None, ())
 
 
 def test_rungs_end_before_the_last_step() -> None:

@@ -32,7 +32,7 @@ from rayft.serving.engine.cpu.slots import Slots
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Runner", "longest_sequence"]
+__all__ = ["Runner"]
 
 ATTENTION = "rayft_cpu"
 """Name under which transformers knows the attention function."""
@@ -148,24 +148,6 @@ class Runner:
             for sequence in sequences:
                 sequence.cache.length += size
         return max(relative_error(row, expected) for row in logits), batch.windows
-
-
-def longest_sequence(config: Any) -> int | None:
-    """Return up to how many tokens a model rotates alike in every batch; None if it always does.
-
-    LongRoPE has other frequencies in a forward with a position beyond the original context, also for the
-    batch's shorter sequences and beside keys that were cached before.
-
-    Args:
-        config: of the model, as transformers reads it.
-    """
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # Some models have parameters for each type of layers.
-    each = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]
-    return min(
-        (int(one["original_max_position_embeddings"]) for one in each if one.get("rope_type") == "longrope"),
-        default=None,
-    )
 
 
 def _score_prompts(chunks: list[Chunk], logits: torch.Tensor) -> torch.Tensor:

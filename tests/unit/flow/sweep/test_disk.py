@@ -10,7 +10,8 @@ import pytest
 from rayft.errors import DiskFullError
 from rayft.flow.config import load_config
 from rayft.flow.sweep.disk import check_disk, check_other_disks, derived_bytes, trial_bytes
-from rayft.flow.sweep.preflight import skeleton
+from rayft.models.load import load_skeleton
+from rayft.models.targets import linear_shapes
 from rayft.sweep.space import points
 from tests.disks import Disk
 
@@ -51,7 +52,7 @@ def written(methods: str, *overrides: str) -> tuple[int, int]:
     """Return the bytes that a sweep's trials write, and the bytes that it writes besides them."""
     config = load_config("tiny", [f"sweep.methods={methods}", *overrides])
     run = config.run()
-    trials, (shapes, _, _) = points(config.sweep, run), skeleton(run.model)
+    trials, shapes = points(config.sweep, run), linear_shapes(load_skeleton(run.model))
     return trial_bytes(trials, shapes, config.sweep.lanes), derived_bytes(config, trials, shapes)
 
 

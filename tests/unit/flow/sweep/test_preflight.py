@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from rayft.errors import (
 )
 from rayft.flow.cluster import check_tracking
 from rayft.flow.config import PipelineConfig, load_config, packaged
-from rayft.flow.sweep.preflight import preflight, skeleton
+from rayft.flow.sweep.preflight import described, preflight
 from rayft.flow.sweep.run import patience_text
-from rayft.models.load import ModelConfig, load_model
+from rayft.models.load import ModelConfig, load_model, load_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.tracking.base import TrackerSpec
 from tests.unit.data.pictures import folder
@@ -60,6 +61,7 @@ def test_a_plan_has_all_settings_decided(tmp_path: Path) -> None:
         ("optim.warmup=100", ConfigError, r"^optim\.warmup \(100\) must be at most optim\.steps \(8\)"),
         ("scale.workers=2", ConfigError, r"rows_per_step \(1\) must be a multiple of scale\.workers"),
         ("deepspeed={optimizer: {}}", ConfigError, "^deepspeed: optimizer is optim; set it there"),
+        ("deepspeed={zero_optimisation: {}}", ConfigError, "DeepSpeed has no setting 'zero_optimisation'"),
         ("sweep.methods.lora.targets=[q_porj]", TargetError, "did you mean 'q_proj'"),
         ("model.name=tiny-lama", ModelError, "did you mean 'tiny-llama'"),
         ("data.max_length=20", DataError, "too long"),
@@ -82,6 +84,20 @@ def test_mistakes_are_found_before_anything_starts(
 ) -> None:
     with pytest.raises(error, match=match):
         preflight(tiny(tmp_path, override))
+
+
+def test_a_base_whose_examples_would_see_one_another_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    half = settings["hidden_size"] // settings["num_attention_heads"] // 2
+    settings["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * half, "long_factor": [2.0] * half,
+        "original_max_position_embeddings": 8,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM rotates .*; set data\.max_length to 8 or less"):
+        preflight(tiny(tmp_path, f"model.name={base}"))
+    preflight(tiny(tmp_path, f"model.name={base}", "data.packing=false"))
 
 
 def test_raw_text_has_no_scores_that_could_decide(tmp_path: Path) -> None:
@@ -140,7 +156,7 @@ def test_a_sqlite_file_is_refused_on_several_nodes(tmp_path: Path, monkeypatch: 
 
 def test_the_skeleton_is_the_models(tiny_folder: Path) -> None:
     config = ModelConfig(name=str(tiny_folder))
-    shapes, tokenizer, context = skeleton(config)
+    shapes, tokenizer, context = described(config, load_skeleton(config))
     loaded = load_model(config, torch.float32)
     assert shapes == linear_shapes(loaded.model)
     assert context == loaded.context
@@ -207,7 +223,7 @@ def test_the_skeleton_of_a_vision_model_is_the_models(quantize: str | None) -> N
     config = ModelConfig.model_validate(
         {"name": "tiny-vit", "task": "image_classification", "quantize": quantize}
     )
-    shapes, encoder, _ = skeleton(config)
+    shapes, encoder, _ = described(config, load_skeleton(config))
     loaded = load_model(config, torch.float32)
     assert shapes == linear_shapes(loaded.model)
     assert encoder.channels == loaded.tokenizer.channels == 1

@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from rayft.errors import ModelError
+from rayft.models.attention import longest_sequence
 from rayft.numerics import assert_close, relative_error
 from rayft.serving.engine.api import GenerationRequest
-from rayft.serving.engine.cpu.runner import Runner, _attention, longest_sequence
+from rayft.serving.engine.cpu.runner import Runner, _attention
 from rayft.serving.engine.cpu.scheduler import Chunk, Sequence
 from rayft.serving.engine.cpu.slots import Slots
 
@@ -106,17 +107,6 @@ def test_a_sequence_changes_no_other_up_to_the_length_where_rotations_change(len
     sequences = [Sequence(GenerationRequest(tuple(range(length)), 1)), Sequence(GenerationRequest(prompt, 1))]
     found = run(runner_of(model), sequences, (length, len(prompt)))[sequences[1]]
     assert (relative_error(found, expected) < 1e-4) == (length == 16)
-
-
-def test_most_rotations_never_change() -> None:
-    plain = transformers.LlamaConfig()
-    assert longest_sequence(plain) is None
-    assert longest_sequence(transformers.GPT2Config()) is None
-    # Parameters for each type of layers.
-    assert longest_sequence(transformers.Gemma3TextConfig()) is None
-    rotation = {"rope_type": "longrope", "original_max_position_embeddings": 16}
-    plain.rope_parameters = {"full_attention": rotation, "sliding_attention": {"rope_type": "default"}}
-    assert longest_sequence(plain) == 16
 
 
 LINEAR = {
