@@ -186,4 +186,6 @@ def measure_name(measure: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"

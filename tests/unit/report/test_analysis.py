@@ -105,6 +105,14 @@ def test_gaps_are_sorted_and_missing_ones_are_dashes_at_the_end(analysis: SweepA
     assert gap_rows(many)[0].missing == {"spectra, landscape": "no factors", "gap": "no data"}
 
 
+def test_a_measure_that_is_not_finite_is_named_so(analysis: SweepAnalysis) -> None:
+    odd = analysis.adapters[0].model_copy(
+        update={"measures": {"sam_sharpness": math.nan, "update_norm": 2.5}}
+    )
+    (row,) = gap_rows(analysis.model_copy(update={"adapters": (odd,)}))
+    assert (row.sharpness, row.norm, row.effective_rank) == ("not finite", "2.5", "–")
+
+
 def test_infinities_are_saved_and_read(analysis: SweepAnalysis, tmp_path: Any) -> None:
     odd = analysis.adapters[0].model_copy(update={"measures": {"bound": math.inf, "zero": -math.inf}})
     kept = analysis.model_copy(update={"adapters": (odd,)})
