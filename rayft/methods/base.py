@@ -267,6 +267,10 @@ class Method:
         """Return the rank that decides the adapter's size; None if the size doesn't depend on a rank."""
         return config.rank
 
+    def alpha(self, config: MethodConfig) -> float | None:
+        """Return the scale's numerator α; None if the method has none."""
+        return None if self.rank(config) is None else config.alpha or 2.0 * config.rank
+
     def max_links(self, shape: LayerShape, rank: int) -> float:
         """Return the most links that a layer can hold at a rank: 1 for a method that is no chain."""
         return 1
@@ -282,6 +286,10 @@ class Method:
     def stored(self, shape: LayerShape, rank: int, links: int) -> int:
         """Count the numbers that are kept of one layer: those of all links."""
         return self.trained(shape, rank) * links
+
+    def learnt(self, shape: LayerShape, rank: int) -> int:
+        """Count the numbers that training chose in a layer's factors of a rank (of a chain: of all links)."""
+        return self.trained(shape, rank)
 
     def ignored(self) -> dict[str, str]:
         """Return the settings that would do nothing: setting → the reason, as a predicate of the method."""

@@ -150,12 +150,13 @@ def _baseline(name: str, measured: Measured) -> Baseline:
 
 def _trial(trial: Trial, measured: Measured) -> TrialRecord:
     config, result = trial.point.run.method, trial.result
-    ranked = find_method(config.name).rank(config) is not None
+    kind = find_method(config.name)
+    ranked = kind.rank(config) is not None
     common = {
         "id": trial.point.name,
         "method": config.name,
         "rank": trial.point.run.final_rank if ranked else None,
-        "alpha": config.alpha or 2.0 * config.rank if ranked else None,
+        "alpha": kind.alpha(config),
         "lr": trial.point.run.optim.lr,
         "seed": trial.point.run.seed,
         "settings": leaves(trial.point.run),
