@@ -102,7 +102,8 @@ def predictor_words(analysis: SweepAnalysis) -> str:
     gaps = [one.gap for one in analysis.adapters if one.gap is not None]
     apart = sum(gap.low > 0 or gap.high < 0 for gap in gaps)
     if not analysis.predictors:
-        return analysis.note or "No measure varied between the runs, so none can predict the gap."
+        note = analysis.note[:1].upper() + analysis.note[1:]
+        return f"{note}." if note else "No measure varied between the runs, so none can predict the gap."
     found = _predicting(analysis.predictors)
     # One 95 % interval in twenty excludes 0 by chance.
     if apart <= round(0.05 * len(gaps)):

@@ -101,7 +101,7 @@ def build_record(
         ),
         trials=tuple(_trial(trial, found.scores.get(trial.point.name, Measured())) for trial in found.trials),
         winner=winner,
-        no_winner="" if winner else "every trial failed; the table says why",
+        no_winner="" if winner else "every trial failed; their reasons are below",
         squeezed=tuple(_squeezed(item, found.scores) for item in found.squeezed),
         comparisons=_comparisons(found),
         methods=_compare_methods(chosen_settings(found.trials, found.scores, rule), found.scores),

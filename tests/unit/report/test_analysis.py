@@ -75,7 +75,7 @@ def test_measures_that_correlate_are_named_with_how_many_would_by_chance(analysi
     assert noise.startswith("Of 6 gaps none can be told from 0, so the correlations here are mostly with")
     assert noise.endswith(words)
     empty = analysis.model_copy(update={"predictors": (), "note": "a correlation needs 3 finished runs"})
-    assert predictor_words(empty) == "a correlation needs 3 finished runs"
+    assert predictor_words(empty) == "A correlation needs 3 finished runs."
     assert [row.correlates for row in predictor_rows(analysis.predictors)] == [True, False]
     few = analysis.model_copy(update={"predictors": (predictor("update_norm", 1.0, math.nan),)})
     assert "no interval can be computed, which takes six settings" in predictor_words(few)
