@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayft.analysis.record import Predictor, SweepAnalysis
-from rayft.report.text import loss_text, signed_text
+from rayft.report.text import human_count, loss_text, signed_text
 
 __all__ = [
+    "BoundRow",
     "GapRow",
     "PredictorRow",
+    "bound_rows",
     "chosen_words",
     "gap_rows",
     "measure_name",
@@ -71,6 +73,17 @@ class GapRow:
     norm: str
     effective_rank: str
     missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class BoundRow:
+    """A line of the table of bounds; a bound that says nothing is marked as vacuous."""
+
+    name: str
+    numbers: str
+    information: str
+    norm: str
+    lipschitz: str
 
 
 def predictor_rows(predictors: Sequence[Predictor]) -> list[PredictorRow]:
@@ -165,6 +178,32 @@ def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
         )
         for one in ordered
     ]
+
+
+def bound_rows(analysis: SweepAnalysis) -> list[BoundRow]:
+    """Return the bounds of each adapter that has any, in nats, in the order of the adapters."""
+    found = []
+    for one in analysis.adapters:
+        texts = {
+            name: power_text(one.measures.get(f"{name}_log10")) + (" vacuous" if name in one.vacuous else "")
+            for name in ("bound_information", "bound_norm", "bound_lipschitz")
+        }
+        if "bound_information_log10" in one.measures:
+            numbers = human_count(one.measures.get("parameters"))
+            found.append(BoundRow(one.name, numbers, *texts.values()))
+    return found
+
+
+def power_text(log10: float | None) -> str:
+    """Format a number, which may be larger than any float, by its decimal logarithm."""
+    if log10 is None or math.isnan(log10):
+        return "–"
+    if math.isinf(log10):
+        return "0" if log10 < 0 else "infinite"
+    if -4 <= log10 < 5:
+        return f"{10**log10:.3g}" if log10 < 3 else f"{10**log10:.0f}"
+    whole = math.floor(log10)
+    return f"{10 ** (log10 - whole):.2f}e{whole:+d}"
 
 
 def _by_reason(notes: Mapping[str, str]) -> dict[str, str]:

@@ -257,7 +257,7 @@ def test_the_numbers_stored_are_those_that_trained(
     assert found.notes == {}
     assert found.measures["parameters"] == count
     expected = 5 * math.sqrt(2 * math.log(2) * 32 * count / len(session.train))
-    assert 10 ** found.measures["bound_information_log10"] == pytest.approx(expected, rel=1e-6)
+    assert 10 ** found.measures["bound_information_log10"] == pytest.approx(expected)
 
 
 def test_a_squeezed_adapter_stores_both_of_its_factors(session: Session, run: RunConfig) -> None:
@@ -286,7 +286,7 @@ def test_the_lipschitz_terms_inputs_are_those_of_the_models_first_layer(
         analyze(session, run, one, config, name="one").measures["bound_lipschitz_log10"]
         for one in (some, whole)
     )
-    assert found == pytest.approx(expected, abs=1e-3)
+    assert found == pytest.approx(expected)
 
 
 def test_a_path_ends_where_the_weights_were_kept(
