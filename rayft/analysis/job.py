@@ -398,7 +398,11 @@ class _Analysis:
 def _stored(artifact: Artifact | None, model: nn.Module) -> tuple[int, int]:
     """Return how many numbers the training stored, and the bits of each."""
     if isinstance(artifact, AdapterArtifact):
-        dtype = next(iter(artifact.modules.values())).b.dtype
+        path, factors = next(iter(artifact.modules.items()))
+        dtype = factors.b.dtype
+        if not artifact.squeezed and method(artifact.meta.method).widens:
+            # What trained has the base's dtype.
+            dtype = matrix(model, path).dtype
         return _learnt(artifact), torch.finfo(dtype).bits
     every = model.parameters() if artifact is None else artifact.tensors.values()
     # Some of PEFT's classes save indices too, which training did not choose.

@@ -260,6 +260,11 @@ class Method:
         """Whether its trials can share a batch with others: adapters have `terms`, and the base stays."""
         return True
 
+    @property
+    def widens(self) -> bool:
+        """Whether its export is in float32, so that no product or difference of 16-bit numbers is rounded."""
+        return False
+
     def prepare(self, model: nn.Module) -> None:
         """Set what trains in the model beside the adapters; the model is frozen when this is called."""
 
@@ -383,6 +388,11 @@ class InPlace(Method):
     def packs(self) -> bool:
         """False: the base's own weights train."""
         return False
+
+    @property
+    def widens(self) -> bool:
+        """True: the export is a difference of weights."""
+        return True
 
     def parameter_group(self, parameter: str, config: MethodConfig) -> ParameterGroup:
         """Exempt the adapter from weight decay, which would pull weights of the base towards zero."""

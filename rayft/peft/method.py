@@ -147,6 +147,11 @@ class PeftMethod(Method):
         """Return the rank; None if the class has none."""
         return config.rank if self.ranked else None
 
+    @property
+    def widens(self) -> bool:
+        """Whether it is VeRA, whose factors are products."""
+        return self.name == PREFIX + "VeRA"
+
     def alpha(self, config: MethodConfig) -> float | None:
         """Return the value of the class's field for it; None if it has none."""
         values = self._values(config)

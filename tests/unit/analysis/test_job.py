@@ -260,6 +260,20 @@ def test_the_numbers_stored_are_those_that_trained(
     assert 10 ** found.measures["bound_information_log10"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["cla", "paca", "peft:VeRA"])
+def test_the_bits_of_a_number_are_those_that_trained(run: RunConfig, name: str) -> None:
+    scale = run.scale.model_copy(update={"dtype": "bfloat16"})
+    session = Session.open(run.model_copy(update={"scale": scale}), Worker())
+    model = session.loaded.model
+    inject(model, MethodConfig(name=name, rank=4), seed=0)
+    exported = export(model, ArtifactMeta(method=name))
+    clear(model)
+    config = CONFIG.model_copy(update={"parts": ("bounds",)})
+    found = analyze(session, run, exported, config, name=name).measures
+    expected = 5 * math.sqrt(2 * math.log(2) * 16 * found["parameters"] / len(session.train))
+    assert 10 ** found["bound_information_log10"] == pytest.approx(expected)
+
+
 def test_a_squeezed_adapter_stores_both_of_its_factors(session: Session, run: RunConfig) -> None:
     model = session.loaded.model
     inject(model, MethodConfig(name="asym", rank=4), seed=0)
