@@ -29,10 +29,11 @@ from rayft.data.pack import AnyBatch, collate_rows, rows_of
 from rayft.errors import DataError, DiskFullError, MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
 from rayft.identity import UNKNOWN, Identity
-from rayft.methods.base import LoraFactors
+from rayft.methods.base import LayerShape, LoraFactors
 from rayft.models.difference import open_pair
 from rayft.models.inject import attach, clear, wrap
 from rayft.models.load import ModelConfig
+from rayft.models.methods import method
 from rayft.models.targets import linear_shapes, select
 from rayft.peft.folder import Artifact, load_adapter
 from rayft.train.run import RunConfig
@@ -249,9 +250,10 @@ class _Analysis:
         measures: dict[str, float] = {"parameters": numbers}
         if isinstance(self.artifact, AdapterArtifact):
             modules = self.modules
-            inputs = squared_norms(self.model, self._batches(MEASURED), modules)
-            radius = float(next(iter(inputs.values())).max().sqrt())
             base = spectral_norms(self.model)
+            inputs = squared_norms(self.model, self._batches(MEASURED), base)
+            # The chain of layers begins with the model's first one, whichever are adapted.
+            radius = float(next(iter(inputs.values())).max().sqrt())
             update = {path: float(values.max()) for path, values in self.update.singular_values.items()}
             terms = bounds.lipschitz_terms([*base.values()], [update.get(path, 0.0) for path in base], radius)
             measures["bound_lipschitz_log10"] = terms.log10_update
@@ -331,8 +333,10 @@ class _Analysis:
             raise MethodError(
                 "this adapter has no trail of earlier steps: train with evaluate.trail: true to have one"
             )
-        earlier = [AdapterArtifact.load(folder).modules for folder in folders]
-        path = [{name: factors.to(self.model.device) for name, factors in one.items()} for one in earlier]
+        path = [
+            {name: factors.to(self.model.device) for name, factors in one.modules.items()}
+            for one in self._before([AdapterArtifact.load(folder) for folder in folders])
+        ]
         plane = trajectory_directions([*path, modules])
         points = landscape.grid_around(plane.coordinates, self.config.grid)
         more = {
@@ -341,6 +345,24 @@ class _Analysis:
         }
         found = self._measure("trajectory", plane.directions, points, **more)
         return _Found({}, {"landscapes": {"trajectory": found.to_json()}})
+
+    def _before(self, trail: Sequence[AdapterArtifact]) -> Sequence[AdapterArtifact]:
+        """Return the steps that led to the adapter: where an earlier step was kept, the later ones did not.
+
+        Raises:
+            DataError: if fewer than two did.
+        """
+        assert self.artifact is not None
+        hashes = [step.content_hash for step in trail]
+        if self.artifact.content_hash not in hashes:
+            return trail
+        earlier = trail[: hashes.index(self.artifact.content_hash)]
+        if len(earlier) < 2:
+            raise DataError(
+                f"the weights that were kept are those of evaluation {len(earlier) + 1}, and a plane needs "
+                "two evaluations before them: evaluate more often"
+            )
+        return earlier
 
     def _measure(
         self,
@@ -376,7 +398,24 @@ class _Analysis:
 def _stored(artifact: Artifact | None, model: nn.Module) -> tuple[int, int]:
     """Return how many numbers the training stored, and the bits of each."""
     if isinstance(artifact, AdapterArtifact):
-        dtype = next(iter(artifact.modules.values())).b.dtype
-        return artifact.parameters, torch.finfo(dtype).bits
-    tensors = [*model.parameters()] if artifact is None else [*artifact.adapter.values()]
+        path, factors = next(iter(artifact.modules.items()))
+        dtype = factors.b.dtype
+        if not artifact.squeezed and method(artifact.meta.method).widens:
+            # What trained has the base's dtype.
+            dtype = matrix(model, path).dtype
+        return _learnt(artifact), torch.finfo(dtype).bits
+    every = model.parameters() if artifact is None else artifact.tensors.values()
+    # Some of PEFT's classes save indices too, which training did not choose.
+    tensors = [tensor for tensor in every if tensor.is_floating_point()]
     return sum(tensor.numel() for tensor in tensors), torch.finfo(tensors[0].dtype).bits
+
+
+def _learnt(artifact: AdapterArtifact) -> int:
+    """Count the numbers of an adapter that training chose: a frozen A holds nothing of the data."""
+    if artifact.squeezed:
+        # Both factors now depend on what was trained.
+        return artifact.parameters
+    kind = method(artifact.meta.method)
+    heads = sum(head.numel() for head in artifact.heads.values())
+    shapes = {path: LayerShape(f.b.shape[0], f.a.shape[1]) for path, f in artifact.modules.items()}
+    return heads + sum(kind.learnt(shapes[path], f.rank) for path, f in artifact.modules.items())

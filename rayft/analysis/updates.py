@@ -129,4 +129,4 @@ def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:
     if not relative:
         return ()
     length = min(map(len, relative))
-    return tuple(torch.stack([values[:length] for values in relative]).median(0).values.tolist())
+    return tuple(torch.stack([values[:length] for values in relative]).quantile(0.5, 0).tolist())

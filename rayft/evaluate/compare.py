@@ -114,6 +114,9 @@ def over_seeds(
     methods the items are paired and the seeds are not, because different methods draw different numbers from
     the same seed.
 
+    Of one task and one seed, the interval is that of `interval` or `paired`. Of one task with few items, or
+    equal ones, for which the bootstrap's is too narrow, it is the wider one of both.
+
     Args:
         first: for each task the scores, shape (seeds, items).
         second: the scores of the other method, on the same tasks and items.
@@ -136,8 +139,23 @@ def over_seeds(
             seeds = rng.multinomial(draws, np.full(count, 1 / count), RESAMPLES) / draws
             value += sign * float(one.mean())
             resampled += sign * ((seeds @ one) * items).sum(axis=1)
-    low, high = np.quantile(resampled / len(first), (0.025, 0.975))
-    return Mean(value / len(first), float(low), float(high))
+    low, high = map(float, np.quantile(resampled / len(first), (0.025, 0.975)))
+    if len(first) == 1:
+        means = [side[0].mean(axis=0) for side in sides]
+        plain = _plain(*means)
+        if all(len(side[0]) == 1 for side in sides):
+            low, high = plain
+        elif _few(means[0] - means[1] if second is not None else means[0]):
+            low, high = min(low, plain[0]), max(high, plain[1])
+    return Mean(value / len(first), low, high)
+
+
+def _plain(first: NDArray[np.float64], second: NDArray[np.float64] | None = None) -> tuple[float, float]:
+    """Return the interval of scores of items, or of their differences."""
+    if second is None:
+        return interval(first.tolist())
+    found = paired(first.tolist(), second.tolist())
+    return found.ci_low, found.ci_high
 
 
 def _matrix(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -260,12 +260,21 @@ class Method:
         """Whether its trials can share a batch with others: adapters have `terms`, and the base stays."""
         return True
 
+    @property
+    def widens(self) -> bool:
+        """Whether its export is in float32, so that no product or difference of 16-bit numbers is rounded."""
+        return False
+
     def prepare(self, model: nn.Module) -> None:
         """Set what trains in the model beside the adapters; the model is frozen when this is called."""
 
     def rank(self, config: MethodConfig) -> int | None:
         """Return the rank that decides the adapter's size; None if the size doesn't depend on a rank."""
         return config.rank
+
+    def alpha(self, config: MethodConfig) -> float | None:
+        """Return the scale's numerator α; None if the method has none."""
+        return None if self.rank(config) is None else config.alpha or 2.0 * config.rank
 
     def max_links(self, shape: LayerShape, rank: int) -> float:
         """Return the most links that a layer can hold at a rank: 1 for a method that is no chain."""
@@ -282,6 +291,10 @@ class Method:
     def stored(self, shape: LayerShape, rank: int, links: int) -> int:
         """Count the numbers that are kept of one layer: those of all links."""
         return self.trained(shape, rank) * links
+
+    def learnt(self, shape: LayerShape, rank: int) -> int:
+        """Count the numbers that training chose in a layer's factors of a rank (of a chain: of all links)."""
+        return self.trained(shape, rank)
 
     def ignored(self) -> dict[str, str]:
         """Return the settings that would do nothing: setting → the reason, as a predicate of the method."""
@@ -375,6 +388,11 @@ class InPlace(Method):
     def packs(self) -> bool:
         """False: the base's own weights train."""
         return False
+
+    @property
+    def widens(self) -> bool:
+        """True: the export is a difference of weights."""
+        return True
 
     def parameter_group(self, parameter: str, config: MethodConfig) -> ParameterGroup:
         """Exempt the adapter from weight decay, which would pull weights of the base towards zero."""

@@ -112,6 +112,14 @@ MAX_RANKS: Mapping[str, Callable[[LayerShape], int]] = {
 """Largest rank of a layer. Where other classes have a limit, PEFT raises its own error."""
 
 
+LEARNT: Mapping[str, Callable[[LayerShape, int], int]] = {
+    "MiSS": lambda shape, rank: rank * shape.outputs,
+    "PiSSA": lambda shape, rank: trained(shape, rank) // 2,
+    "VeRA": lambda shape, rank: rank + shape.outputs,
+}
+"""Numbers that training chose in a layer's exported factors, where that is not all of them."""
+
+
 @dataclass(frozen=True)
 class PeftMethod(Method):
     """A method whose layers are PEFT's."""
@@ -138,6 +146,20 @@ class PeftMethod(Method):
     def rank(self, config: MethodConfig) -> int | None:
         """Return the rank; None if the class has none."""
         return config.rank if self.ranked else None
+
+    @property
+    def widens(self) -> bool:
+        """Whether it is VeRA, whose factors are products."""
+        return self.name == PREFIX + "VeRA"
+
+    def alpha(self, config: MethodConfig) -> float | None:
+        """Return the value of the class's field for it; None if it has none."""
+        values = self._values(config)
+        return next((float(values[name]) for name in ALPHAS if name in values), None)
+
+    def learnt(self, shape: LayerShape, rank: int) -> int:
+        """Count the numbers that training chose in one layer's exported factors."""
+        return LEARNT.get(self.name.removeprefix(PREFIX), self.trained)(shape, rank)
 
     def fixed_factors(self) -> str | None:
         """Return the reason: only PEFT's layers know what they hold."""

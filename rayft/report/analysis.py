@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayft.analysis.record import Predictor, SweepAnalysis
-from rayft.report.text import loss_text, signed_text
+from rayft.report.text import human_count, loss_text, signed_text
 
 __all__ = [
+    "BoundRow",
     "GapRow",
     "PredictorRow",
+    "bound_rows",
     "chosen_words",
     "gap_rows",
     "measure_name",
@@ -73,6 +75,17 @@ class GapRow:
     missing: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class BoundRow:
+    """A line of the table of bounds; a bound that says nothing is marked as vacuous."""
+
+    name: str
+    numbers: str
+    information: str
+    norm: str
+    lipschitz: str
+
+
 def predictor_rows(predictors: Sequence[Predictor]) -> list[PredictorRow]:
     """Return the table's lines, in the order of the predictors."""
     found = []
@@ -102,7 +115,8 @@ def predictor_words(analysis: SweepAnalysis) -> str:
     gaps = [one.gap for one in analysis.adapters if one.gap is not None]
     apart = sum(gap.low > 0 or gap.high < 0 for gap in gaps)
     if not analysis.predictors:
-        return analysis.note or "No measure varied between the runs, so none can predict the gap."
+        note = analysis.note[:1].upper() + analysis.note[1:]
+        return f"{note}." if note else "No measure varied between the runs, so none can predict the gap."
     found = _predicting(analysis.predictors)
     # One 95 % interval in twenty excludes 0 by chance.
     if apart <= round(0.05 * len(gaps)):
@@ -166,6 +180,32 @@ def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
     ]
 
 
+def bound_rows(analysis: SweepAnalysis) -> list[BoundRow]:
+    """Return the bounds of each adapter that has any, in nats, in the order of the adapters."""
+    found = []
+    for one in analysis.adapters:
+        texts = {
+            name: power_text(one.measures.get(f"{name}_log10")) + (" vacuous" if name in one.vacuous else "")
+            for name in ("bound_information", "bound_norm", "bound_lipschitz")
+        }
+        if "bound_information_log10" in one.measures:
+            numbers = human_count(one.measures.get("parameters"))
+            found.append(BoundRow(one.name, numbers, *texts.values()))
+    return found
+
+
+def power_text(log10: float | None) -> str:
+    """Format a number, which may be larger than any float, by its decimal logarithm."""
+    if log10 is None or math.isnan(log10):
+        return "–"
+    if math.isinf(log10):
+        return "0" if log10 < 0 else "infinite"
+    if -4 <= log10 < 5:
+        return f"{10**log10:.3g}" if log10 < 3 else f"{10**log10:.0f}"
+    whole = math.floor(log10)
+    return f"{10 ** (log10 - whole):.2f}e{whole:+d}"
+
+
 def _by_reason(notes: Mapping[str, str]) -> dict[str, str]:
     """Group parts that are missing for the same reason: `spectra, landscape` → why."""
     parts: dict[str, list[str]] = {}
@@ -186,4 +226,6 @@ def measure_name(measure: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"

@@ -65,12 +65,14 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     axes.set_xlabel(measure_name(best.measure))
     axes.set_ylabel("gap: held-out minus training loss")
     words = f"Spearman {signed_text(best.spearman, best.spearman_low, best.spearman_high)}"
+    known = math.isfinite(best.spearman_low)
+    among = "" if known else f", of those that {best.n} runs have"
     return Drawing(
         key="gaps",
-        title="The strongest predictor",
+        title="The strongest predictor" if known else "The strongest correlation",
         caption=(
             "The generalisation gap of every run, with its 95 % interval, against the measure that "
-            f"correlates most with it. {words}."
+            f"correlates most with it{among}. {words}."
         ),
         alt=f"Gap against {measure_name(best.measure)} of {len(shown)} runs: {words}.",
         svg=svg(figure, "gaps"),

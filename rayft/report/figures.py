@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from rayft.report.labels import place
 from rayft.report.record import SweepRecord, TrialRecord
@@ -86,29 +86,32 @@ def _methods(record: SweepRecord, shown: set[str]) -> dict[str, tuple[str, str]]
     return {name: look for name, look in every.items() if name in shown}
 
 
-def _score_axis(axes: Axes, record: SweepRecord, tops: Sequence[float]) -> None:
-    """Let scores begin at 0 and end above the highest, and draw the baselines."""
+def _score_axis(axes: Axes, record: SweepRecord, tops: Sequence[float]) -> list[float]:
+    """Let scores begin at 0 and end above the highest, draw the baselines, and return their heights."""
     top = max([*tops, *(base.test.value for base in record.baselines)])
     axes.set_ylim(0, min(1.0, top * 1.12) * 1.01 if top > 0 else 1.0)
     axes.set_ylabel(f"test score ({record.metric})")
-    _baselines(axes, record)
+    return _baselines(axes, record)
 
 
-def _baselines(axes: Axes, record: SweepRecord) -> None:
-    """Draw the best prompt and the majority answer as lines, named at the right end."""
+def _baselines(axes: Axes, record: SweepRecord) -> list[float]:
+    """Draw the best prompt and the majority answer as lines, named at the right end; return their heights."""
     majority = [base for base in record.baselines if "majority" in base.name]
     prompted = [base for base in record.baselines if "majority" not in base.name]
     best = [max(prompted, key=lambda base: base.test.value)] if prompted else []
     gap = 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
     floor = -math.inf
-    for base in sorted([*best, *majority], key=lambda base: base.test.value):
+    drawn = sorted([*best, *majority], key=lambda base: base.test.value)
+    for base in drawn:
         axes.axhline(base.test.value, color=SOFT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
         height = max(base.test.value, floor)
         floor = height + gap
         axes.text(
             1.0, height, f"{short(base.name)} {base.test.value:.2f}", transform=axes.get_yaxis_transform(),
-            ha="right", va="bottom", fontsize=11, color=SOFT,
+            ha="right", va="bottom", fontsize=11, color=SOFT, zorder=2.5,
+            bbox={"boxstyle": "square,pad=0", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
+    return [base.test.value for base in drawn]
 
 
 def _front(record: SweepRecord, cost: _Cost) -> Drawing | None:
@@ -124,7 +127,7 @@ def _front(record: SweepRecord, cost: _Cost) -> Drawing | None:
     axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xscale("log")
     _cost_axis(axes, [cost.of(row) or 1.0 for row in points], cost)
-    _score_axis(axes, record, [row.test.high for row in points if row.test])
+    heights = _score_axis(axes, record, [row.test.high for row in points if row.test])
     squeezed = any(row.kind == "squeezed" for row in points)
     extra = [Line2D([], [], color=INK, marker="o", linestyle="none", markerfacecolor=PAPER, label="squeezed")]
     extra += [Line2D([], [], color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="Pareto front")]
@@ -135,8 +138,10 @@ def _front(record: SweepRecord, cost: _Cost) -> Drawing | None:
     bars = [
         [(cost.of(row) or 1, row.test.low), (cost.of(row) or 1, row.test.high)] for row in points if row.test
     ]
+    ends = axes.get_xlim()
+    flat = [[(end, height) for end in ends] for height in heights]
     named = [(cost.of(row) or 1, row.test.value, _tag(record, row)) for row in order if row.test]
-    place(axes, named, [line, *bars], must=cost.key == "scores" and len(named) <= NAMED)
+    place(axes, named, [line, *bars, *flat], must=cost.key == "scores" and len(named) <= NAMED)
     words = [f"{row.name} {row.test.value:.2f} at {cost.text(cost.of(row))}" for row in points if row.test]
     source = (
         f" A name that begins with @ is {record.winner.trial}, squeezed."
@@ -212,6 +217,8 @@ def _learning(record: SweepRecord) -> Drawing | None:
     clipped = _loss_axis(axes, finite, _final_losses(trials))
     for trial in trials:
         _curve(axes, trial, *style[trial.method], wins=trial.id == winner)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss")
     extra = []
@@ -250,7 +257,8 @@ def _loss_axis(axes: Axes, losses: Sequence[float], ends: float) -> bool:
     low, high = min(losses), float(np.quantile(losses, 0.95))
     if max(losses) - low <= 2.5 * (high - low):
         high = max(losses)
-    room = max(high - low, 1e-3) * 0.06
+    # Equal losses would be drawn with six digits and more.
+    room = max((high - low) * 0.06, 0.005 * abs(high), 1e-4)
     top = max(high, ends) + room
     # Names stand below the lowest curve.
     axes.set_ylim(low - 2.5 * room, top)

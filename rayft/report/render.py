@@ -16,7 +16,13 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.config import leaves
 from rayft.errors import ReportError
 from rayft.files import write_file
-from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
+from rayft.report.analysis import (
+    bound_rows,
+    chosen_words,
+    gap_rows,
+    predictor_rows,
+    predictor_words,
+)
 from rayft.report.analysis_figures import analysis_figures
 from rayft.report.evaluations import SavedEvaluations, evaluation_groups
 from rayft.report.figures import sweep_figures
@@ -166,10 +172,11 @@ def _typical(record: SweepRecord) -> list[str]:
 def _analysis(analysis: SweepAnalysis | None, typical: Sequence[str]) -> dict[str, Any]:
     """Return the template's variables for an analysis; empty ones if there is none."""
     if analysis is None:
-        return {"gaps": [], "predictors": [], "predicts": "", "chosen": [], "chosen_predicts": "",
-                "analysis_figures": [], "analysed": {}}  # fmt: skip
+        return {"gaps": [], "bounds": [], "predictors": [], "predicts": "", "chosen": [],
+                "chosen_predicts": "", "analysis_figures": [], "analysed": {}}  # fmt: skip
     return {
         "gaps": gap_rows(analysis),
+        "bounds": bound_rows(analysis),
         "predictors": predictor_rows(analysis.predictors),
         "chosen": predictor_rows(analysis.chosen),
         "predicts": predictor_words(analysis),

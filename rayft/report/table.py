@@ -49,7 +49,8 @@ def table_rows(record: SweepRecord) -> list[TableRow]:
         found.append(
             TableRow(
                 trial.id, "trial", trial.method, trial.test, trial.val_score, trial.kept_val_loss,
-                trial.trainable, trial.bytes or None, trial.seconds, trial.peak_memory_bytes, trial.status,
+                trial.trainable or None, trial.bytes or None, trial.seconds or None,
+                trial.peak_memory_bytes, trial.status,
                 trial.rank, trial.id == winner, trial.id == ship,
             )
         )  # fmt: skip

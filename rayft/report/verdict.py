@@ -65,9 +65,12 @@ def _against_baselines(record: SweepRecord, ship: TableRow) -> list[str]:
 def _squeezing(record: SweepRecord, ship: TableRow, winner: TableRow) -> list[str]:
     item = next(item for item in record.squeezed if item.name == ship.name)
     smaller = f"{winner.bytes / ship.bytes:.1f} times smaller" if winner.bytes and ship.bytes else "smaller"
+    # A method without factors has no rank, or a parameter of that name that is not its update's rank.
+    falls = winner.rank is not None and ship.rank is not None and winner.rank > ship.rank
+    ranks = f"from rank {winner.rank} to {ship.rank}" if falls else f"to rank {ship.rank}"
     sentence = (
-        f"It is {winner.name} squeezed from rank {winner.rank} to {ship.rank}: {smaller}, with "
-        f"{100 * item.energy_mean:.1f} % of the update's energy"
+        f"It is {winner.name} squeezed {ranks}: {smaller}, with {100 * item.energy_mean:.1f} % of the "
+        "update's energy"
     )
     if item.how == "cont":
         sentence += ", and trained for more steps"

@@ -101,7 +101,7 @@ def build_record(
         ),
         trials=tuple(_trial(trial, found.scores.get(trial.point.name, Measured())) for trial in found.trials),
         winner=winner,
-        no_winner="" if winner else "every trial failed; the table says why",
+        no_winner="" if winner else "every trial failed; their reasons are below",
         squeezed=tuple(_squeezed(item, found.scores) for item in found.squeezed),
         comparisons=_comparisons(found),
         methods=_compare_methods(chosen_settings(found.trials, found.scores, rule), found.scores),
@@ -150,12 +150,13 @@ def _baseline(name: str, measured: Measured) -> Baseline:
 
 def _trial(trial: Trial, measured: Measured) -> TrialRecord:
     config, result = trial.point.run.method, trial.result
-    ranked = find_method(config.name).rank(config) is not None
+    kind = find_method(config.name)
+    ranked = kind.rank(config) is not None
     common = {
         "id": trial.point.name,
         "method": config.name,
         "rank": trial.point.run.final_rank if ranked else None,
-        "alpha": config.alpha or 2.0 * config.rank if ranked else None,
+        "alpha": kind.alpha(config),
         "lr": trial.point.run.optim.lr,
         "seed": trial.point.run.seed,
         "settings": leaves(trial.point.run),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,19 @@ from rayft.analysis.gap import sample
 from rayft.analysis.job import AnalyzeRequest, analyze
 from rayft.analysis.record import AdapterAnalysis, Landscape
 from rayft.analysis.section import AnalyzeConfig
-from rayft.artifacts import AdapterArtifact
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import parse
 from rayft.data.pack import collate_rows, rows_of
 from rayft.data.section import DataConfig, PartFiles
 from rayft.evaluate.loss import target_losses
+from rayft.methods.base import LoraFactors, MethodConfig
+from rayft.models.inject import advance, clear, export, inject
 from rayft.models.load import ModelConfig, load_model
+from rayft.models.methods import settled
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, relative_error
+from rayft.peft.folder import load_adapter
+from rayft.squeeze.rank import squeeze
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.worker import Worker
@@ -225,6 +232,95 @@ def test_rows_of_an_update_need_an_adapter(session: Session, run: RunConfig, mer
 
 def test_a_whole_model_stores_all_of_its_parameters(session: Session, tuned: AdapterAnalysis) -> None:
     assert tuned.measures["parameters"] == sum(p.numel() for p in session.loaded.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "links"),
+    [
+        ("lora", 1), ("asym", 1), ("cla", 1), ("paca", 1), ("cola", 2), ("rac", 2), ("c3la", 2),
+        ("peft:PiSSA", 1), ("peft:MiSS", 1), ("peft:VeRA", 1), ("peft:SHiRA", 1), ("peft:DoRA", 1),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+def test_the_numbers_stored_are_those_that_trained(
+    session: Session, run: RunConfig, tmp_path: Path, name: str, links: int
+) -> None:
+    model, method = session.loaded.model, settled(MethodConfig(name=name, rank=4))
+    count = links * inject(model, method, seed=0).trainable
+    for link in range(1, links):
+        advance(model, 0, link)
+    exported = export(model, ArtifactMeta(method=name))
+    clear(model)
+    folder = exported.save(tmp_path / "adapter")
+    config = CONFIG.model_copy(update={"parts": ("gap", "bounds")})
+    found = analyze(session, run, load_adapter(folder), config, name=name)
+    assert found.notes == {}
+    assert found.measures["parameters"] == count
+    expected = 5 * math.sqrt(2 * math.log(2) * 32 * count / len(session.train))
+    assert 10 ** found.measures["bound_information_log10"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["cla", "paca", "peft:VeRA"])
+def test_the_bits_of_a_number_are_those_that_trained(run: RunConfig, name: str) -> None:
+    scale = run.scale.model_copy(update={"dtype": "bfloat16"})
+    session = Session.open(run.model_copy(update={"scale": scale}), Worker())
+    model = session.loaded.model
+    inject(model, MethodConfig(name=name, rank=4), seed=0)
+    exported = export(model, ArtifactMeta(method=name))
+    clear(model)
+    config = CONFIG.model_copy(update={"parts": ("bounds",)})
+    found = analyze(session, run, exported, config, name=name).measures
+    expected = 5 * math.sqrt(2 * math.log(2) * 16 * found["parameters"] / len(session.train))
+    assert 10 ** found["bound_information_log10"] == pytest.approx(expected)
+
+
+def test_a_squeezed_adapter_stores_both_of_its_factors(session: Session, run: RunConfig) -> None:
+    model = session.loaded.model
+    inject(model, MethodConfig(name="asym", rank=4), seed=0)
+    exported = export(model, ArtifactMeta(method="asym"))
+    clear(model)
+    assert isinstance(exported, AdapterArtifact)
+    small = squeeze(exported, rank=2)
+    config = CONFIG.model_copy(update={"parts": ("bounds",)})
+    found = analyze(session, run, small, config, name="small")
+    assert found.measures["parameters"] == sum(2 * sum(shape) for shape in linear_shapes(model).values())
+
+
+def test_the_lipschitz_terms_inputs_are_those_of_the_models_first_layer(
+    session: Session, run: RunConfig
+) -> None:
+    model, config = session.loaded.model, CONFIG.model_copy(update={"parts": ("bounds",)})
+    every = random_adapter("one", linear_shapes(model), rank=2)
+    last = [path for path in every.modules if path.endswith("down_proj")]
+    some = replace(every, modules={path: every.modules[path] for path in last})
+    # The same update of every layer, of which all but the last ones are 0.
+    none = {path: LoraFactors(f.a, torch.zeros_like(f.b), f.scale) for path, f in every.modules.items()}
+    whole = replace(every, modules={**none, **some.modules})
+    found, expected = (
+        analyze(session, run, one, config, name="one").measures["bound_lipschitz_log10"]
+        for one in (some, whole)
+    )
+    assert found == pytest.approx(expected)
+
+
+def test_a_path_ends_where_the_weights_were_kept(
+    session: Session, run: RunConfig, artifact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact.parent / "trail", tmp_path / "trail")
+    for step in (3, 4):
+        later = random_adapter(f"later{step}", linear_shapes(session.loaded.model), rank=4)
+        later.save(tmp_path / "trail" / f"step-{step:06d}")
+    config = CONFIG.model_copy(update={"parts": ("trajectory",), "grid": 3})
+
+    def kept(step: int) -> AdapterAnalysis:
+        shutil.copytree(tmp_path / "trail" / f"step-{step:06d}", tmp_path / "adapter", dirs_exist_ok=True)
+        request = AnalyzeRequest("kept", run, config, str(tmp_path / "adapter"))
+        return analysed(request, session)
+
+    path = kept(3).landscapes["trajectory"]["path"]
+    assert len(path) == 4
+    assert path[-1] == [0.0, 0.0]
+    assert "those of evaluation 2" in kept(1).notes["trajectory"]
 
 
 def test_without_a_trail_the_note_explains_how_to_keep_one(

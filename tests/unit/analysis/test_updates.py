@@ -83,3 +83,12 @@ def test_an_unchanged_layer_has_a_spectrum_of_zeros() -> None:
     assert measures["update_norm"] == pytest.approx(
         sum(float(change.double().square().sum()) for change in changes.values()) ** 0.5
     )
+
+
+def test_the_spectrum_is_the_median_of_an_even_number_of_layers_too() -> None:
+    values = {"one": [4.0, 1.0], "two": [2.0, 1.0], "three": [10.0, 6.0], "four": [5.0, 0.5]}
+    weights = {path: torch.eye(2) for path in values}
+    changes = {path: torch.diag(torch.tensor(one)) for path, one in values.items()}
+    _, found = spectra(Update(weights, changes), intruder_modules=1)
+    # The second values are 0.25, 0.5, 0.6 and 0.1 of the first.
+    assert found["median_spectrum"] == pytest.approx((1.0, 0.375))

@@ -205,7 +205,25 @@ def test_two_methods_are_paired_by_items_and_not_by_seeds():
 def test_the_same_scores_do_not_differ_and_seeds_may_be_one():
     scores = np.random.default_rng(7).integers(0, 2, (1, 50)).astype(float)
     same = over_seeds([scores], [scores])
-    assert (same.value, same.ci_low, same.ci_high) == (0.0, 0.0, 0.0)
+    assert same.value == 0.0
+    assert same.ci_low < 0 < same.ci_high
+
+
+def test_one_seed_of_one_task_has_the_interval_of_its_scores():
+    one, other = np.random.default_rng(8).integers(0, 2, (2, 1, 50)).astype(float)
+    alone, difference = over_seeds([one]), over_seeds([one], [other])
+    assert (alone.ci_low, alone.ci_high) == interval(one[0].tolist())
+    found = paired(one[0].tolist(), other[0].tolist())
+    assert (difference.ci_low, difference.ci_high) == (found.ci_low, found.ci_high)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_interval_over_seeds_of_equal_scores_is_not_a_point(seeds):
+    wrong, right = np.zeros((seeds, 16)), np.ones((seeds, 16))
+    assert over_seeds([wrong]).ci_high == interval([0.0] * 16)[1] > 0.1
+    assert over_seeds([right]).ci_low == interval([1.0] * 16)[0] < 0.9
+    same = over_seeds([wrong], [wrong])
+    assert same.ci_low < -0.1 < 0.1 < same.ci_high
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,15 @@ def test_methods_alone_need_no_transformers() -> None:
     code = "import sys, rayft.methods; print('peft' in sys.modules or 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "expected"),
+    [
+        ("peft:LoRA", None, 16.0), ("peft:LoRA", 4.0, 4.0), ("peft:RandLoRA", None, 160.0),
+        ("peft:PSOFT", None, 8.0), ("peft:VeRA", None, None), ("peft:MiSS", None, None), ("lora", None, 16.0),
+        ("full", None, None),
+    ],
+)  # fmt: skip
+def test_alpha_is_what_the_class_gets(name: str, alpha: float | None, expected: float | None) -> None:
+    assert method(name).alpha(MethodConfig(name=name, rank=8, alpha=alpha)) == expected

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayft.analysis.record import AdapterAnalysis, Gap, Predictor, SweepAnalysis
-from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
+from rayft.report.analysis import bound_rows, chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.render import html
 from rayft.report.terminal import analysis_tables
 from tests.unit.report.example import example, example_analysis, predictor
@@ -75,7 +75,7 @@ def test_measures_that_correlate_are_named_with_how_many_would_by_chance(analysi
     assert noise.startswith("Of 6 gaps none can be told from 0, so the correlations here are mostly with")
     assert noise.endswith(words)
     empty = analysis.model_copy(update={"predictors": (), "note": "a correlation needs 3 finished runs"})
-    assert predictor_words(empty) == "a correlation needs 3 finished runs"
+    assert predictor_words(empty) == "A correlation needs 3 finished runs."
     assert [row.correlates for row in predictor_rows(analysis.predictors)] == [True, False]
     few = analysis.model_copy(update={"predictors": (predictor("update_norm", 1.0, math.nan),)})
     assert "no interval can be computed, which takes six settings" in predictor_words(few)
@@ -103,6 +103,41 @@ def test_gaps_are_sorted_and_missing_ones_are_dashes_at_the_end(analysis: SweepA
     notes = {"spectra": "no factors", "gap": "no data", "landscape": "no factors"}
     many = analysis.model_copy(update={"adapters": (bare.model_copy(update={"notes": notes}),)})
     assert gap_rows(many)[0].missing == {"spectra, landscape": "no factors", "gap": "no data"}
+
+
+def test_a_measure_that_is_not_finite_is_named_so(analysis: SweepAnalysis) -> None:
+    odd = analysis.adapters[0].model_copy(
+        update={"measures": {"sam_sharpness": math.nan, "update_norm": 2.5}}
+    )
+    (row,) = gap_rows(analysis.model_copy(update={"adapters": (odd,)}))
+    assert (row.sharpness, row.norm, row.effective_rank) == ("not finite", "2.5", "–")
+
+
+@pytest.mark.usefixtures("bare")
+def test_bounds_are_shown_and_vacuous_ones_marked(
+    analysis: SweepAnalysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.report.render.analysis_figures", lambda *_: [])
+    first, second, third = analysis.adapters[:3]
+    logs = {"bound_information_log10": 2.5, "bound_norm_log10": -0.5, "bound_lipschitz_log10": 400.25}
+    full = first.model_copy(
+        update={
+            "measures": {"parameters": 1536.0, **logs},
+            "vacuous": ("bound_information", "bound_lipschitz"),
+        }
+    )
+    zero = {"parameters": 2e6, "bound_information_log10": 3.5, "bound_lipschitz_log10": -math.inf}
+    odd = second.model_copy(update={"measures": zero, "vacuous": ()})
+    none = third.model_copy(update={"measures": {}})
+    shown = analysis.model_copy(update={"adapters": (full, odd, none)})
+    rows = [(row.numbers, row.information, row.norm, row.lipschitz) for row in bound_rows(shown)]
+    assert rows == [
+        ("1.54k", "316 vacuous", "0.316", "1.78e+400 vacuous"), ("2M", "3162", "–", "0"),
+    ]  # fmt: skip
+    page = html(example(), shown)
+    assert "<td>316 vacuous</td>" in page
+    assert f"range of the loss, {analysis.config.clip} nats" in page
+    assert 'id="bounds"' not in html(example(), analysis.model_copy(update={"adapters": (none,)}))
 
 
 def test_infinities_are_saved_and_read(analysis: SweepAnalysis, tmp_path: Any) -> None:

@@ -52,7 +52,10 @@ def test_the_predictor_that_is_drawn_is_not_one_of_few_runs(analysis: SweepAnaly
             for i in range(count)
         ]
         found = without_curves.model_copy(update={"predictors": tuple(correlations(runs))})
-        return next(one.alt for one in analysis_figures(found) if one.key == "gaps")
+        (gaps_figure,) = (one for one in analysis_figures(found) if one.key == "gaps")
+        assert (", of those that 5 runs have." in gaps_figure.caption) == (count == 5)
+        assert gaps_figure.title == ("The strongest predictor" if count > 5 else "The strongest correlation")
+        return gaps_figure.alt
 
     few, strong = (3.0, 2.0, 1.0), (5.0, 4.0, 3.0, 1.0, 2.0)
     weak = (1.0, 3.0, 2.0, 4.0, 6.0, 5.0)

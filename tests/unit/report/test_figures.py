@@ -115,3 +115,43 @@ def test_points_and_curves_show_their_names_under_the_pointer() -> None:
     assert any(title and title.startswith(f"{evil}: ") for title in titles["scores"])
     assert any(title and title.startswith("c3la-r8 1.72 at step 15") for title in titles["learning"])
     assert "tip-" not in "".join(drawn.values())
+
+
+def ticks(svg: str, axis: int) -> list[str]:
+    """Return the labels of an axis."""
+    part = svg.partition(f'id="learning-matplotlib.axis_{axis}"')[2].partition('id="learning-matplotlib')[0]
+    return re.findall(r'id="learning-text_.*?<text[^>]*>([\d.+−]+)</text>', part, re.DOTALL)
+
+
+def test_one_loss_has_ticks_that_can_be_read() -> None:
+    trial = example().trials[0].model_copy(update={"val_loss": ((4, 1.0209512),), "kept_step": None})
+    record = example().model_copy(
+        update={"trials": (trial,), "winner": None, "squeezed": (), "comparisons": ()}
+    )
+    (learning,) = (one for one in sweep_figures(record) if one.key == "learning")
+    steps, losses = ticks(learning.svg, 1), ticks(learning.svg, 2)
+    assert steps == ["4"]
+    # An offset such as +1.02 would be added to each of them.
+    assert all(1.0 <= float(loss) < 1.05 and len(loss) <= 6 for loss in losses)
+    assert len(losses) > 2
+
+
+def test_names_do_not_lie_on_the_lines_of_baselines() -> None:
+    base = example().baselines[0]
+    level = base.model_copy(update={"test": base.test.model_copy(update={"value": 0.5})})
+    test = base.test.model_copy(update={"value": 0.5, "low": 0.45, "high": 0.55})
+    trials = tuple(
+        one.model_copy(update={"test": test, "bytes": 10 ** (3 + n), "status": "finished"})
+        for n, one in enumerate(example().trials[:2])
+    )
+    record = example().model_copy(
+        update={"trials": trials, "winner": None, "squeezed": (), "comparisons": (), "baselines": (level,)}
+    )
+    (scores,) = (one for one in sweep_figures(record) if one.key == "scores")
+    line = re.search(r'd="M [\d.]+ ([\d.]+) \nL [\d.]+ \1 \n"[^>]*stroke-dasharray: 1', scores.svg)
+    assert line
+    for trial in trials:
+        place = re.search(rf'y="([\d.]+)"[^>]*>{re.escape(trial.id)}<', scores.svg)
+        assert place
+        # The y of a text is its baseline; its letters reach 8 units above.
+        assert not float(place[1]) - 8 < float(line[1]) < float(place[1]) + 1

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from rayft.report.record import TrialRecord
 from rayft.report.table import pareto, table_rows
 from rayft.report.text import ago_text, human_bytes, human_count, human_seconds, loss_text
 from tests.unit.report.example import example
@@ -19,6 +20,15 @@ def test_baselines_first_then_trials_by_score_then_squeezed() -> None:
     ]
     assert [row.name for row in found if row.winner] == ["lora-r32"]
     assert [row.name for row in found if row.ship] == ["lora-r32@r8"]
+
+
+def test_what_a_failed_trial_did_not_measure_is_not_0() -> None:
+    failed = TrialRecord(
+        id="t", method="lora", rank=4, alpha=8.0, lr=1.0, seed=0, status="failed", reason="why"
+    )
+    record = example().model_copy(update={"trials": (failed,), "winner": None, "squeezed": ()})
+    (row,) = (row for row in table_rows(record) if row.kind == "trial")
+    assert (row.parameters, row.bytes, row.seconds) == (None, None, None)
 
 
 def test_nothing_beats_the_front_and_the_front_beats_all_else() -> None:

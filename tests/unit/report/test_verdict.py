@@ -59,6 +59,13 @@ def test_a_trial_that_scores_higher_on_the_test_part_than_the_winner_is_named() 
     assert "lora-r32 even scores higher on the test part" in text
 
 
+def test_what_is_squeezed_from_no_higher_rank_is_not_said_to_fall() -> None:
+    assert "lora-r32 squeezed from rank 32 to 8: " in " ".join(verdict(example()))
+    for rank in (None, 8):
+        trials = [{**trial.model_dump(), "rank": rank} for trial in example().trials]
+        assert "It is lora-r32 squeezed to rank 8: " in " ".join(verdict(changed(trials=trials)))
+
+
 def test_failures_are_counted() -> None:
     assert verdict(example())[-1] == "1 of 10 trials failed; their reasons are below."
 
