@@ -106,8 +106,10 @@ def _baselines(axes: Axes, record: SweepRecord) -> list[float]:
         axes.axhline(base.test.value, color=SOFT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
         height = max(base.test.value, floor)
         floor = height + gap
-        axes.text(
-            1.0, height, f"{short(base.name)} {base.test.value:.2f}", transform=axes.get_yaxis_transform(),
+        # A little above the line, so that the label's background leaves the line visible.
+        axes.annotate(
+            f"{short(base.name)} {base.test.value:.2f}", (1.0, height), (0, 2),
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points",
             ha="right", va="bottom", fontsize=11, color=SOFT, zorder=2.5,
             bbox={"boxstyle": "square,pad=0", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
