@@ -95,8 +95,8 @@ def _front_matter(subject: Subject) -> str:
         results.append(
             EvalResult(
                 task_type=PIPELINES[meta.task],
-                dataset_type=plain_name(scores.record.task, "adapter"),
-                dataset_name=scores.record.task,
+                dataset_type=plain_name(_data(scores.record.task), "adapter"),
+                dataset_name=_data(scores.record.task),
                 dataset_split="test",
                 metric_type=scores.record.metric.replace(" ", "_"),
                 metric_name=scores.record.metric,
@@ -139,8 +139,17 @@ def _summary(subject: Subject) -> str:
     if subject.by_rayft:
         text += f", trained by the method `{artifact.meta.method}` of rayft"
     if subject.scores is not None:
-        text += f" on {subject.scores.record.task}"
+        text += f" on {_data(subject.scores.record.task)}"
     return text + ".\n"
+
+
+def _data(task: str) -> str:
+    """Return the name of the data without the folders of its files.
+
+    Cards are published: folders mean nothing to others, and may contain a user's name.
+    """
+    parts = task.split(", ")
+    return ", ".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
 
 
 def _base(subject: Subject) -> str:
@@ -180,8 +189,8 @@ def _scores(scores: Scores | None) -> str:
     lines = [f"| {name} | {_number(val)} | {_interval(test)} |" for name, val, test in rows]
     head = [
         "## Scores\n",
-        f"{scores.record.metric.capitalize()} on {scores.record.task}; higher is better, and intervals are "
-        "95 %.\n",
+        f"{scores.record.metric.capitalize()} on {_data(scores.record.task)}; higher is better, and "
+        "intervals are 95 %.\n",
         "| | validation | test |",
         "| --- | --- | --- |",
     ]

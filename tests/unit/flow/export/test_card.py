@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def test_the_card_has_the_scores_with_their_intervals_and_the_origin(scored: Sco
     assert "| learning rate | 0.002 |" in text
     assert "trained by the method `cla` of rayft on chain_sum" in text
     assert "[org/small](https://huggingface.co/org/small)" in text
+
+
+def test_the_card_names_data_files_without_their_folders(scored: Scores) -> None:
+    task = "org/set, /home/ann/my data/train.jsonl, /srv/test.jsonl (jsonl)"
+    scores = replace(scored, record=scored.record.model_copy(update={"task": task}))
+    text = card(Subject(made(method="lora", data_digest="d1"), "sums", "org/small", scores))
+    assert text.count("org/set, train.jsonl, test.jsonl (jsonl)") == 3
+    assert "/home" not in text
+    assert "home-ann" not in text
 
 
 def test_an_adapter_of_others_gets_no_method_and_no_scores() -> None:
