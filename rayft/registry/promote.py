@@ -98,7 +98,7 @@ def _refusal(
 ) -> str:
     """Return why a candidate does not pass the gate; empty if it passes."""
     who, score = f"{candidate.name}/{candidate.number}", candidate.score()
-    anyway = "or promote with force"
+    anyway = "or promote it all the same with `rayft promote --force`"
     if score is None:
         return f"{who} has no validation score; score it before it is registered, {anyway}"
     if base is None:

@@ -24,6 +24,11 @@ from rayft.squeeze.budget import parse_bytes
 
 __all__ = ["check_source", "find", "followed", "moved"]
 
+NO_REGISTRY = (
+    "this server was started without a registry; set registry to MLflow's URI in its configuration, "
+    "and start it again"
+)
+
 
 def find(
     name: str,
@@ -59,7 +64,7 @@ def find(
     score: float | None = None
     if source.startswith("models:/"):
         if registry is None:
-            raise BadRequestError("this server was started without a registry", param="source")
+            raise BadRequestError(NO_REGISTRY, param="source")
         check_folder(Path(fetched).expanduser(), "fetched")
         ref, aliases, score = _registered(source, registry)
         folder, version = registry.fetch(ref, fetched), ref.version or 0
@@ -118,7 +123,7 @@ def check_source(source: str, registry: Registry | None, fetched: Path, max_byte
         check_folder(fetched, "fetched")
     if source.startswith("models:/"):
         if registry is None:
-            raise BadRequestError("this server was started without a registry", param="source")
+            raise BadRequestError(NO_REGISTRY, param="source")
         _registered(source, registry)
     elif remote:
         with _store(source):

@@ -53,7 +53,7 @@ def test_the_first_champion_only_has_to_beat_the_base() -> None:
 @pytest.mark.parametrize("score", [0.2, 0.1, float("nan")])
 def test_no_better_than_the_base_is_refused_with_both_numbers(score: float) -> None:
     shelf = Shelf(scored(score))
-    with pytest.raises(PromotionRefusedError, match=rf"{score:.4g}.*base's 0\.2.*force"):
+    with pytest.raises(PromotionRefusedError, match=rf"{score:.4g}.*base's 0\.2.*rayft promote --force"):
         promote(shelf, "sums", 1)
     assert shelf.champion is None
 

@@ -95,7 +95,7 @@ def test_only_aliases_are_followed() -> None:
 
 
 def test_a_registry_source_needs_a_registry(tmp_path: Path) -> None:
-    with pytest.raises(BadRequestError, match="without a registry"):
+    with pytest.raises(BadRequestError, match="without a registry; set registry to MLflow's URI"):
         find("a", "models:/a", None, tmp_path, "1MB", pinned=False)
 
 
