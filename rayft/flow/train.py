@@ -108,9 +108,13 @@ def _rank(config: TrainConfig, chosen: MethodConfig) -> int:
         return chosen.rank
     rank = AdapterArtifact.load(Path(config.start).expanduser()).rank
     if "rank" in chosen.model_fields_set and chosen.rank != rank:
+        # A squeeze only lowers ranks.
+        squeeze = (
+            f", or `rayft squeeze` the adapter to rank {chosen.rank} first" if chosen.rank < rank else ""
+        )
         raise ConfigError(
             f"start: {config.start} has rank {rank}, and method.rank is {chosen.rank}; set method.rank: "
-            f"{rank}, or bring the adapter to rank {chosen.rank} by `rayft squeeze` first"
+            f"{rank}{squeeze}"
         )
     return rank
 

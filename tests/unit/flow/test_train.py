@@ -121,8 +121,9 @@ def test_a_run_takes_the_rank_of_the_adapter_that_it_starts_from(
 @pytest.mark.parametrize(
     ("text", "error", "match"),
     [
-        ("method: {rank: 16}", ConfigError, r"has rank 3, and method\.rank is 16; set method\.rank: 3"),
+        ("method: {rank: 16}", ConfigError, r"has rank 3, and method\.rank is 16; set method\.rank: 3$"),
         ("method: {name: cla}", MethodError, "start is for lora and lora_plus, not for 'cla'"),
+        ("method: {name: lora, rank: 2}", ConfigError, "or `rayft squeeze` the adapter to rank 2 first"),
         ("method: {targets: [q_proj]}", ConfigError, "method.targets does nothing"),
         (
             "sweep: {methods: {lora: {ranks: [3, 16]}}}\nmethod: {name: paca}",
