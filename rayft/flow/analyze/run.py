@@ -228,7 +228,10 @@ def _in_lanes(
     with use_lanes(executor, display):
         with display.stage("start workers"):
             executor.start()
-        with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
+        with (
+            display.stage(f"analyse {len(items)} adapter{'s' * (len(items) > 1)}"),
+            display.watch(executor.broker),
+        ):
             return analyze_items(executor, items, config, place, display.say)
 
 

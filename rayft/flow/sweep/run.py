@@ -169,7 +169,7 @@ class _Stages:
     def _search(self) -> None:
         plan, display = self._plan, self._display
         with (
-            display.stage(f"start workers, search ({len(plan.points)} trials)"),
+            display.stage(f"start workers, search ({len(plan.points)} trial{'s' * (len(plan.points) > 1)})"),
             display.watch(self._executor.broker, self.name),
         ):
             trials = search(
