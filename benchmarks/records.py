@@ -323,8 +323,9 @@ def sweep_table() -> str:
         "hand": ("with the caches and the best settings given", "warm"),
     }
     for case, (title, own) in titles.items():
-        over = _cell(found[f"{place}/{own}"], f"{case}_over", "{:.2f}") if own else ""
-        lines.append(f"| {title} | {_cell(found[f'{place}/{case}'], 'seconds', '{:.0f}')} | {over} |")
+        if (metrics := found.get(f"{place}/{case}")) is not None:
+            over = _cell(found[f"{place}/{own}"], f"{case}_over", "{:.2f}") if own else ""
+            lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {over} |")
     lines += [
         "",
         "| Tune, TorchTrainer, PEFT, DeepSpeed | seconds | first sweep beside it | ratio | with caches |",

@@ -147,7 +147,8 @@ def hessian_operator(
     except torch.OutOfMemoryError:
         pass
     torch.cuda.empty_cache()
-    # Not captured: loss and gradient are computed anew, and attention reads where the segments begin.
+    # Without a graph: each product computes the loss anew, for which attention reads on the host where the
+    # segments begin, and that can't be captured.
     return HessianOperator(terms, parameters)
 
 

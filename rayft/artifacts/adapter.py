@@ -37,9 +37,9 @@ __all__ = ["AdapterArtifact", "check_prefix", "folder_bytes"]
 
 LARGE = 2**26
 """Bytes from which threads save time; with less, handing tensors over takes longer than their hashes."""
-HASHING = 4
-"""Number of these threads. With one for each core, an event loop beside them would wait for Python's lock
-behind all of them, each time that it needs it."""
+THREADS = 4
+"""Number of these threads. A server's event loop shares Python's lock with them: with one for each of many
+cores, it waited so long for the lock that answers were late."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     if sum(tensor.nbytes for tensor in tensors) < LARGE:
         return [*map(_digest, tensors)]
     # An adapter of an 8 B model has 700 MB, so threads hash it in parallel (hashlib releases the GIL).
-    with ThreadPoolExecutor(HASHING) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         return [*threads.map(_digest, tensors)]
 
 

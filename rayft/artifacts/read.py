@@ -7,8 +7,9 @@ import os
 import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ INDICES = {
 }
 """Types in which some of PEFT's classes keep indices and masks; a LoRA has none."""
 LARGEST_HEADER = 100_000_000
-"""Number of bytes; the limit of safetensors itself."""
+"""Largest size of a file's header in bytes; safetensors has the same limit."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")
 OTHERS = {
     r"(?P<module>.+)\.lora_embedding_[AB](?:\..+)?": "the embedding {module} (LoRA)",
@@ -48,9 +49,9 @@ def read_weights(folder: Path, kinds: Mapping[str, torch.dtype] = FLOATS) -> dic
     """Read the tensors into memory: PEFT's name → tensor.
 
     The file is not mapped, because a map shows what is written into the file later, and a process that reads
-    a map of a file that was truncated is killed (SIGBUS). Nor does safetensors parse its bytes: it would copy
-    them with Python's lock, and the answers of a server that loads an adapter would stop meanwhile (37 ms for
-    100 MB).
+    a map of a file that was truncated is killed (SIGBUS). Nor are its bytes given to safetensors. It copies
+    them while it holds Python's lock (37 ms for 100 MB), and a server that loads an adapter could send no
+    answers meanwhile.
 
     Args:
         folder: the adapter folder.
@@ -69,14 +70,12 @@ def read_weights(folder: Path, kinds: Mapping[str, torch.dtype] = FLOATS) -> dic
             header = _header(file)
             _check_types(path, header, kinds)
             return _tensors(file, header, kinds)
-    except ArtifactError:
-        raise
     # A damaged header may name any type, shape or offset.
     except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or export it again") from error
 
 
-def _header(file: BinaryIO) -> dict[str, Any]:
+def _header(file: BufferedReader) -> dict[str, Any]:
     """Read the header of a safetensors file: name → dtype, shape and data_offsets (bytes behind the header).
 
     Raises:
@@ -91,7 +90,7 @@ def _header(file: BinaryIO) -> dict[str, Any]:
 
 
 def _tensors(
-    file: BinaryIO, header: Mapping[str, Any], kinds: Mapping[str, torch.dtype]
+    file: BufferedReader, header: Mapping[str, Any], kinds: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
     """Read the tensors behind a header, each into memory of its own.
 
@@ -105,7 +104,8 @@ def _tensors(
         if first != place or end > size:
             raise ValueError(f"{name} does not follow the tensor before it")
         memory = torch.empty(end - first, dtype=torch.uint8)
-        if file.readinto(memory.numpy()) != len(memory):  # type: ignore[attr-defined]
+        target: Any = memory.numpy()
+        if file.readinto(target) != len(memory):
             raise ValueError(f"{name} is cut off")
         found[name] = memory.view(kinds[entry["dtype"]]).view(entry["shape"])
         place = end

@@ -97,10 +97,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
             f"{len(first)} and {len(second)} scores can't be paired: score both on the same examples"
         )
     difference = first - second
-    exact = _binary(first) and _binary(second)
-    low, high = _tango(difference) if exact or _few(difference) else _bootstrap(difference)
-    p_value = _mcnemar(difference) if exact else _sign_flip(difference)
-    return Paired(float(difference.mean()), low, high, p_value)
+    p_value = _mcnemar(difference) if _binary(first) and _binary(second) else _sign_flip(difference)
+    return Paired(float(difference.mean()), *_paired_interval(first, second), p_value)
 
 
 def over_seeds(
@@ -142,20 +140,17 @@ def over_seeds(
     low, high = map(float, np.quantile(resampled / len(first), (0.025, 0.975)))
     if len(first) == 1:
         means = [side[0].mean(axis=0) for side in sides]
-        plain = _plain(*means)
-        if all(len(side[0]) == 1 for side in sides):
-            low, high = plain
-        elif _few(means[0] - means[1] if second is not None else means[0]):
-            low, high = min(low, plain[0]), max(high, plain[1])
+        once = all(len(side[0]) == 1 for side in sides)
+        if once or _few(means[0] if second is None else means[0] - means[1]):
+            plain = interval(means[0].tolist()) if second is None else _paired_interval(*means)
+            low, high = plain if once else (min(low, plain[0]), max(high, plain[1]))
     return Mean(value / len(first), low, high)
 
 
-def _plain(first: NDArray[np.float64], second: NDArray[np.float64] | None = None) -> tuple[float, float]:
-    """Return the interval of scores of items, or of their differences."""
-    if second is None:
-        return interval(first.tolist())
-    found = paired(first.tolist(), second.tolist())
-    return found.ci_low, found.ci_high
+def _paired_interval(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the interval of the mean difference of two models' scores of the same items (see `paired`)."""
+    difference, exact = first - second, _binary(first) and _binary(second)
+    return _tango(difference) if exact or _few(difference) else _bootstrap(difference)
 
 
 def _matrix(scores: NDArray[np.float64]) -> NDArray[np.float64]:

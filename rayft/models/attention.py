@@ -88,15 +88,15 @@ def check_packing(model: Any, length: int) -> None:
 
     Raises:
         ModelError: if not only attention passes information between tokens, windows of attention are given
-            to it in masks alone, or a long example changes how the others are rotated.
+            to it in masks alone, or a long example changes the rotary frequencies of the others.
     """
     config = model.config.get_text_config()
     longest = longest_sequence(config)
     if longest is not None and length > longest:
         raise ModelError(
-            f"{type(model).__name__} rotates a whole batch otherwise if a token in it is beyond position "
-            f"{longest:,} (LongRoPE), so short examples would depend on those that share their rows; set "
-            f"data.max_length to {longest} or less, or data.packing: false"
+            f"{type(model).__name__} uses other rotary frequencies for a whole batch if an example in it is "
+            f"longer than {longest:,} tokens (LongRoPE), so short examples would depend on those that share "
+            f"their rows; set data.max_length to {longest} or less, or data.packing: false"
         )
     kinds = {*(getattr(config, "layer_types", None) or ())} - LAYER_TYPES
     mixes = sorted(kinds) or (["a state"] if getattr(model, "_is_stateful", False) else [])
@@ -114,10 +114,10 @@ def check_packing(model: Any, length: int) -> None:
 
 
 def longest_sequence(config: Any) -> int | None:
-    """Return up to how many tokens a model rotates alike in every batch; None if it always does.
+    """Return the longest sequence that changes no other one of its batch, in tokens; None without a limit.
 
-    LongRoPE has other frequencies in a forward with a position beyond the original context, also for the
-    batch's shorter sequences and beside keys that were cached before.
+    If a sequence is longer than the original context, LongRoPE uses other rotary frequencies for the whole
+    forward pass: for shorter sequences of the batch too, and beside cached keys that have the former ones.
 
     Args:
         config: of the model, as transformers reads it.

@@ -429,7 +429,7 @@ class Replica:
         if asked is not None and asked > most:
             name = "max_tokens" if asked == request.max_tokens else "max_completion_tokens"
             raise BadRequestError(f"{name} is {asked}; this server generates at most {most}", param=name)
-        # An engine generates at least one.
+        # An engine generates at least one token, also for max_tokens: 0.
         least = asked or 1
         if prompt + least > self._room:
             made = "at least one is" if least == 1 else f"{least} are to be"

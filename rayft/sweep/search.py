@@ -95,8 +95,8 @@ def search(
         ray.get(executor.broker.cancel.remote(key, step))
 
     asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
-    # Those that take turns come last: as the first, they would be counted among the trials at the same time
-    # without a slot, which then stayed empty.
+    # Those that take turns come last. Tune runs a fixed number of trials at the same time: if some of them
+    # waited for their turn, slots would stay empty.
     order = sorted(requests, key=lambda request: not request.pack)
     waiting = [request for request in order if _unfinished(request)]
     if waiting:

@@ -111,7 +111,7 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
 
 
 def check_settings(run: RunConfig) -> None:
-    """Refuse `run.deepspeed` before workers are started if DeepSpeed would refuse it, or ignore a part of it.
+    """Check, before workers are started, that DeepSpeed accepts `run.deepspeed` and ignores no part of it.
 
     Raises:
         ConfigError: with what DeepSpeed says, or with the setting that it does not know.
@@ -137,7 +137,7 @@ def check_settings(run: RunConfig) -> None:
 
 
 class _Asked(dict[str, Any]):
-    """A configuration that notes which settings it is asked for, as DeepSpeed asks for all that it knows."""
+    """A configuration that notes which settings DeepSpeed asks for, which are all that it knows."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)

@@ -346,7 +346,7 @@ def test_the_hash_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(adapter_module, "_digest", noted)
     assert AdapterArtifact(modules).content_hash == expected
     assert threading.get_ident() not in used
-    assert len(used) == adapter_module.HASHING
+    assert len(used) == adapter_module.THREADS
 
 
 def test_the_hash_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ def _in_lanes(
         with display.stage("start workers"):
             executor.start()
         with (
-            display.stage(f"analyse {len(items)} adapter{'s' * (len(items) > 1)}"),
+            display.stage(f"analyse {len(items)} adapter{'s' if len(items) > 1 else ''}"),
             display.watch(executor.broker),
         ):
             return analyze_items(executor, items, config, place, display.say)

@@ -218,7 +218,7 @@ def _check_links(trials: Sequence[Point], train: Sequence[AnyEncoded]) -> None:
 
 
 def _check_run(run: RunConfig, base: Any) -> None:
-    """Check what all trials share, beside the data."""
+    """Check the settings that all trials share, except those of the data."""
     gpus = has_gpus()
     if run.scale.device == "cuda" and not (torch.cuda.is_available() if gpus is None else gpus):
         raise ResourceError(

@@ -168,8 +168,9 @@ class _Stages:
 
     def _search(self) -> None:
         plan, display = self._plan, self._display
+        count = f"{len(plan.points)} trial{'s' if len(plan.points) > 1 else ''}"
         with (
-            display.stage(f"start workers, search ({len(plan.points)} trial{'s' * (len(plan.points) > 1)})"),
+            display.stage(f"start workers, search ({count})"),
             display.watch(self._executor.broker, self.name),
         ):
             trials = search(

@@ -95,7 +95,10 @@ def test_a_base_whose_examples_would_see_one_another_is_refused(tmp_path: Path, 
         "original_max_position_embeddings": 8,
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM rotates .*; set data\.max_length to 8 or less"):
+    expected = (
+        r"LlamaForCausalLM uses other rotary frequencies .* 8 tokens .*; set data\.max_length to 8 or less"
+    )
+    with pytest.raises(ModelError, match=expected):
         preflight(tiny(tmp_path, f"model.name={base}"))
     preflight(tiny(tmp_path, f"model.name={base}", "data.packing=false"))
 
