@@ -281,7 +281,8 @@ def questions_text(plan: Plan) -> str:
     test = len(plan.parts.test)
     text = f"to be scored after the search: {len(plan.parts.val) + test} examples for each trial that can win"
     if squeezed := _most_squeezed(plan):
-        text += f" and each of up to {squeezed} squeezed adapters"
+        some = "the squeezed adapter" if squeezed == 1 else f"each of up to {squeezed} squeezed adapters"
+        text += f" and {some}"
     if len(plan.points) > 1:
         text += f", {test} for each other trial"
     if asked := len(_base_requests(plan)):
