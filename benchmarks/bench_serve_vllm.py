@@ -2,7 +2,7 @@
 
     python benchmarks/bench_serve_vllm.py [--parts inprocess,many,kernels,async,load,http,tier]
 
-Also `--parts profile`, and `few` to leave `stock` out.
+Also `--parts profile`, `few` to leave `stock` out, and `sglang`, which wants SGLang's folder.
 
 The model is a Llama shape of 1.0 B parameters (random weights, bfloat16); adapters have the ranks 4, 8, 16
 and 64 in turn, on all linear layers. Three processes hold one engine each on the same GPU and take turns,
@@ -21,6 +21,9 @@ interval.
                tokens of 32 requests while one is loaded each second
     http       64 clients, 128 tokens in and 256 out, against `vllm serve` without adapters and `rayft serve`
                (base rows, and 32 adapters), streaming and not: tokens per second, time to the first token
+    sglang     the same as `http` against `vllm serve` without adapters, `rayft serve` with 32 adapters, and
+               SGLang's server without and with these 32. SGLang's packages don't fit beside
+               vLLM's: `--sglang` names the folder that they are installed in (`pip install --target`)
     tier       `rayft serve` with 12 adapters of 100 MB and room for 4 on the device: time to the first token
                of one that was evicted, and of one that is there; and the time between the parts of 32 streams
                of the base: alone (`quiet`), while one request a second asks for an adapter that is there
@@ -62,7 +65,7 @@ from benchmarks.bench_train_step import SHAPES
 from benchmarks.records import record, save
 
 START = time.monotonic()
-ROUNDS, SERVED_ROUNDS = 7, 9
+ROUNDS = 7
 ROWS, PROMPT, NEW = 32, 128, 256
 RANKS = (4, 8, 16, 64)
 KINDS = ("base", "stock", "rayft")
@@ -75,8 +78,17 @@ CACHE = 2 * 10**9
 """Bytes of the KV cache. With a given size, vLLM does not measure free memory while other engines start."""
 WORK = Path("/tmp/rayft-bench-vllm")  # noqa: S108
 CLIENTS, TURNS = 64, 3
-PORTS = {"vllm": 9001, "rayft": 9002}
-SERVED = [("vllm", "base"), ("rayft", "base"), ("rayft", "32_adapters")]
+PORTS = {"vllm": 9001, "rayft": 9002, "sglang": 9003, "sglang_lora": 9004}
+SERVED = {
+    "http": (9, [("vllm", "base"), ("rayft", "base"), ("rayft", "32_adapters")]),
+    "sglang": (
+        5,
+        [("vllm", "base"), ("rayft", "32_adapters"), ("sglang", "base"), ("sglang_lora", "32_adapters")],
+    ),
+}
+"""Rounds, and servers with what is asked of them, of the parts that compare servers."""
+OVER = {"vllm": ("vllm", "base"), "sglang": ("sglang_lora", "32_adapters")}
+"""What ratios are over."""
 NAMES = {0: "base", 8: "8_adapters", 32: "32_adapters"}
 EVICTING, STREAMED, TIER_ROUNDS = 12, 2000, 3
 """Adapters of which few fit, tokens of a stream, and comparisons of the part `tier`."""
@@ -602,6 +614,29 @@ def vllm_server() -> list[str]:
     ]  # fmt: skip
 
 
+def sglang_server(kind: str) -> list[str]:
+    """Return the command of SGLang's server, `sglang_lora` with adapters. It chooses its kernels itself."""
+    command = [
+        sys.executable, "-m", "sglang.launch_server", "--model-path", str(WORK / "base"),
+        "--served-model-name", "base", "--port", str(PORTS[kind]), "--context-length", "1024",
+        "--max-running-requests", str(CLIENTS), "--cuda-graph-max-bs-decode", str(CLIENTS),
+        "--max-total-tokens", str(CLIENTS * 1024), "--dtype", "bfloat16", "--grammar-backend", "none",
+    ]  # fmt: skip
+    if kind == "sglang_lora":
+        command += ["--enable-lora", "--max-loras-per-batch", "32", "--max-lora-rank", "64"]
+        command += ["--lora-paths", *[f"a{n}={WORK / f'a{n}'}" for n in range(32)]]
+    return command
+
+
+def start_server(kind: str, sglang: str | None) -> subprocess.Popen[bytes]:
+    """Start a server of the parts `http` and `sglang`."""
+    if kind == "vllm":
+        return subprocess.Popen(vllm_server())
+    if kind == "rayft":
+        return subprocess.Popen([sys.executable, __file__, "--serve", "http"])
+    return subprocess.Popen(sglang_server(kind), env={**os.environ, "PYTHONPATH": sglang or ""})
+
+
 async def clients(kind: str, models: Sequence[str], stream: bool, seed: int) -> list[tuple[float, float]]:
     """Let one client for each model send requests, each after the answer to the one before.
 
@@ -652,35 +687,42 @@ def start_clients() -> list[Connection]:
     return pipes
 
 
-def http() -> list[dict[str, Any]]:
-    """Compare the two servers."""
-    servers = [
-        subprocess.Popen(vllm_server()),
-        subprocess.Popen([sys.executable, __file__, "--serve", "http"]),
-    ]
-    for kind, port in PORTS.items():
-        wait_for(port)
-        print(f"{kind} answers", flush=True)
+def compare_servers(part: str, sglang: str | None = None) -> list[dict[str, Any]]:
+    """Compare the servers of a part.
+
+    Args:
+        part: `http` or `sglang`.
+        sglang: folder of SGLang's packages.
+    """
+    rounds, cases = SERVED[part]
+    servers = {kind: start_server(kind, sglang) for kind in dict(cases)}
+    for kind, server in servers.items():
+        wait_for(PORTS[kind], server)
+        print(f"{kind} answers after {time.monotonic() - START:.0f} s", flush=True)
     pipes = start_clients()
     found: dict[tuple[str, str, bool], list[dict[str, float]]] = {}
     # The first round warms up.
-    for turn in range(SERVED_ROUNDS + 1):
+    for turn in range(rounds + 1):
         for stream in (False, True):
-            for kind, case in SERVED[turn % 3 :] + SERVED[: turn % 3]:
+            first = turn % len(cases)
+            for kind, case in cases[first:] + cases[:first]:
                 values = requests(pipes, kind, case, stream=stream, seed=1000 * turn)
+                print(f"{turn} {kind} {case} {stream}: {values}", flush=True)
                 if turn:
                     found.setdefault((kind, case, stream), []).append(values)
     for pipe in pipes:
         pipe.send(None)
-    for server in servers:
+    for server in servers.values():
         server.terminate()
-    return served(found)
+    return served(part, found)
 
 
-def wait_for(port: int) -> None:
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     """Wait until a server answers."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + 300
     while True:
+        if server.poll() is not None:
+            raise SystemExit(f"The server of port {port} ended with {server.returncode}.")
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2).read()
         except OSError:
@@ -695,7 +737,8 @@ def requests(
     pipes: Sequence[Connection], kind: str, case: str, *, stream: bool, seed: int
 ) -> dict[str, float]:
     """Let all clients send their requests, and wait for all answers."""
-    names = [f"a{n % 32}" if case == "32_adapters" else "base" for n in range(CLIENTS)]
+    before = "base:" if kind == "sglang_lora" else ""
+    names = [f"{before}a{n % 32}" if case == "32_adapters" else "base" for n in range(CLIENTS)]
     share = CLIENTS // len(pipes)
     begin = time.perf_counter()
     for index, pipe in enumerate(pipes):
@@ -707,20 +750,20 @@ def requests(
     return {"tokens": CLIENTS * TURNS * NEW / took, "first": first * 1e3}
 
 
-def served(found: dict[tuple[str, str, bool], list[dict[str, float]]]) -> list[dict[str, Any]]:
+def served(part: str, found: dict[tuple[str, str, bool], list[dict[str, float]]]) -> list[dict[str, Any]]:
     """Turn the rounds into results, and print them."""
     records = []
     for (kind, case, stream), values in found.items():
-        base = found["vllm", "base", stream]
-        name = f"http/{kind}/{case}/{'stream' if stream else 'whole'}/{CLIENTS}clients"
-
-        def over(metric: str, mine: Any = values, theirs: Any = base) -> list[float]:
-            return [one[metric] / other[metric] for one, other in zip(mine, theirs, strict=True)]
-
-        metrics = {"tokens_per_s": [one["tokens"] for one in values], "rate_over_vllm": over("tokens")}
+        name = f"{part}/{kind}/{case}/{'stream' if stream else 'whole'}/{CLIENTS}clients"
+        metrics = {"tokens_per_s": [one["tokens"] for one in values]}
         if stream:
             metrics["first_token_ms"] = [one["first"] for one in values]
-            metrics["first_token_over_vllm"] = over("first")
+        for other, (its_kind, its_case) in OVER.items():
+            if theirs := found.get((its_kind, its_case, stream)):
+                pairs = list(zip(values, theirs, strict=True))
+                metrics[f"rate_over_{other}"] = [one["tokens"] / two["tokens"] for one, two in pairs]
+                if stream:
+                    metrics[f"first_token_over_{other}"] = [one["first"] / two["first"] for one, two in pairs]
         for metric, each in metrics.items():
             unit = "x" if "over" in metric else "ms" if "ms" in metric else "1/s"
             middle = statistics.median(each)
@@ -839,7 +882,7 @@ def tier() -> list[dict[str, Any]]:
     import httpx
 
     server = subprocess.Popen([sys.executable, __file__, "--serve", "tier"])
-    wait_for(PORTS["rayft"])
+    wait_for(PORTS["rayft"], server)
     pipes = start_clients()
     with httpx.Client(timeout=60) as client:
         found = evicted_and_loaded(client, pipes)
@@ -859,18 +902,23 @@ def main() -> None:
     parser.add_argument("--parts", default="inprocess,many,kernels,async,load,http,tier")
     parser.add_argument("--commit", help="commit that is measured, where there is no git")
     parser.add_argument("--serve", help="serve with rayft for this part (used by http and tier)")
+    parser.add_argument("--sglang", help="folder of SGLang's packages, for the part sglang")
     arguments = parser.parse_args()
     if arguments.serve:
         rayft_server(arguments.serve)
         return
     parts = arguments.parts.split(",")
+    if "sglang" in parts and not arguments.sglang:
+        parser.error("The part sglang needs --sglang, the folder that SGLang is installed in.")
     prepare()
     for known, run in ((INPROCESS, inprocess), (("async", "load"), asynchronous)):
         if set(known) & set(parts):
             keep(run(parts), arguments.commit)
-    for part, serve in (("http", http), ("tier", tier)):
+    for part in SERVED:
         if part in parts:
-            keep(serve(), arguments.commit)
+            keep(compare_servers(part, arguments.sglang), arguments.commit)
+    if "tier" in parts:
+        keep(tier(), arguments.commit)
 
 
 def keep(records: list[dict[str, Any]], commit: str | None) -> None:
