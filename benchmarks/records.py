@@ -593,11 +593,41 @@ def serving_gpu_table() -> str:
     return "\n".join([*lines, "", _origin_line(cases("serve_vllm", "*/32rows/*"))])
 
 
+def serving_http_table() -> str:
+    """Return the table of servers on a GPU, beside SGLang's."""
+    lines = [
+        "| 64 clients | tokens/s | × vLLM [95 %] | × SGLang with adapters [95 %] | streaming, tokens/s "
+        "| × vLLM [95 %] | × SGLang with adapters [95 %] | first token |",
+        "| --- |" + " --- |" * 7,
+    ]
+    found = cases("serve_vllm", "sglang/*")
+    for case, title in (
+        ("vllm/base", "vLLM without adapters"),
+        ("rayft/32_adapters", "rayft, 32 adapters"),
+        ("sglang/base", "SGLang without adapters"),
+        ("sglang_lora/32_adapters", "SGLang, 32 adapters"),
+    ):
+        cells = []
+        for how in ("whole", "stream"):
+            row = found[f"sglang/{case}/{how}/64clients"]
+            ratios = (_over(row, f"rate_over_{other}") for other in ("vllm", "sglang"))
+            cells += [_cell(row, "tokens_per_s", "{:,.0f}"), *ratios]
+        cells.append(_cell(row, "first_token_ms", "{:.0f} ms"))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _origin_line(found)])
+
+
+def _over(case: Mapping[str, Any], metric: str) -> str:
+    """Return a ratio with its interval; of a server over itself, only 1."""
+    return "1" if case[metric]["ci_low"] == case[metric]["ci_high"] else _interval(case, metric, "{:.2f}")
+
+
 TABLES = {
     "headline": headline_table,
     "demo_figure": lambda: demo_image(cases("demo")),
     "serving": serving_table,
     "serving_gpu": serving_gpu_table,
+    "serving_http": serving_http_table,
     "data_prepare": data_prepare_table,
     "demo": demo_table,
     "train_step": train_step_table,
