@@ -116,16 +116,16 @@ class Adapter(nn.Module, ABC):
         """Compute x ΔWᵀ, dropping each input with the probability `dropout`."""
         return self(functional.dropout(x, dropout) if dropout else x, None, None)  # type: ignore[no-any-return]
 
-    def terms(self, rows: slice) -> list[Term]:
+    def terms(self, rows: slice) -> list[Term] | None:
         """Return the update of some rows as terms s·B·A, for a batch that several adapters share.
+
+        Terms of all adapters are computed by one kernel. Without them (None, the default), `update` is called
+        for the adapter's rows.
 
         Args:
             rows: the adapter's tokens in the batch.
-
-        Raises:
-            MethodError: if it has no factors that could be added to a base's product.
         """
-        raise MethodError(f"{type(self).__name__} can't share a batch with other adapters")
+        return None
 
     def advance(self, generator: torch.Generator) -> None:
         """Freeze the link that trained and begin the next one.
@@ -257,7 +257,7 @@ class Method:
 
     @property
     def packs(self) -> bool:
-        """Whether its trials can share a batch with others: adapters have `terms`, and the base stays."""
+        """Whether its trials can share a batch with others: the base stays as it is."""
         return True
 
     @property

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import MethodError
-from rayft.kernels.grouped_linear import Plan, grouped_linear
+from rayft.kernels.grouped_linear import Plan, Term, grouped_linear
 from rayft.methods.base import Adapter, AdapterLinear, LoraFactors
 from rayft.models.fuse import Fused
 from rayft.models.inject import attach, clear
@@ -86,9 +86,9 @@ class PackedAdapter(Adapter):
         self.adapters = nn.ModuleDict({str(slot): adapter for slot, adapter in adapters.items()})
         self._layout = layout
         self._plans: dict[bool, dict[object, tuple[Plan, list[int]]]] = {True: {}, False: {}}
-        """Whether it trains → division of the rows → the plan of slots without dropout, and the slots with
-        it; the one that was used last is the last. A captured graph needs the plan of training, which has one
-        division then, whatever is validated."""
+        """Whether it trains → division of the rows → the plan of slots with terms and without dropout, and
+        the other slots; the one that was used last is the last. A captured graph needs the plan of training,
+        which has one division then, whatever is validated."""
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
@@ -99,9 +99,9 @@ class PackedAdapter(Adapter):
         if len(self._layout.spans) == 1 and (present := self._present) and not self._dropout(present[0]):
             # All rows are the slot's, so its adapter computes them as it does alone.
             return self.adapters[str(present[0])](x, weight, bias)  # type: ignore[no-any-return]
-        plan, dropped = self._planned()
+        plan, apart = self._planned()
         y = grouped_linear(x, weight, bias, plan)
-        return y + self._updates(x, dropped) if dropped else y
+        return y + self._updates(x, apart) if apart else y
 
     def to_lora(self) -> LoraFactors:
         """Raise MethodError: the slots' own adapters have factors."""
@@ -120,10 +120,16 @@ class PackedAdapter(Adapter):
         key, plans = self._layout.key, self._plans[self.training]
         found = plans.pop(key, None)
         if found is None:
-            spans, dropped = self._layout.spans, [slot for slot in self._present if self._dropout(slot)]
-            plain = [slot for slot in self._present if slot not in dropped]
-            terms = [term for slot in plain for term in self.adapters[str(slot)].terms(spans[slot])]  # type: ignore[operator]
-            found = Plan(terms), dropped
+            terms: list[Term] = []
+            apart: list[int] = []
+            for slot in self._present:
+                adapter, span = self.adapters[str(slot)], self._layout.spans[slot]
+                own = None if self._dropout(slot) else adapter.terms(span)  # type: ignore[operator]
+                if own is None:
+                    apart.append(slot)
+                else:
+                    terms += own
+            found = Plan(terms), apart
         plans[key] = found
         if len(plans) > PLANS:
             del plans[next(iter(plans))]
@@ -135,10 +141,13 @@ class PackedAdapter(Adapter):
         parts, end = [], 0
         for slot in slots:
             span, adapter, layout = self._layout.spans[slot], self.adapters[str(slot)], self._layout
-            # As many numbers are drawn as in a batch of the slot's own.
-            own = x_NI[span].view(-1, layout.width, x_NI.shape[1])[:, : layout.widths[slot]]
+            dropout = self._dropout(slot)
+            # For dropout, as many numbers are drawn as in a batch of the slot's own. Without it, all columns
+            # are computed, so that a captured graph fits batches of every width.
+            width = layout.widths[slot] if dropout else layout.width
+            own = x_NI[span].view(-1, layout.width, x_NI.shape[1])[:, :width]
             with self._drawing(slot, x.device):
-                update = adapter.update(own, self._dropout(slot))  # type: ignore[operator]
+                update = adapter.update(own, dropout)  # type: ignore[operator]
             update = functional.pad(update, (0, 0, 0, layout.width - own.shape[1])).flatten(0, 1)
             if end < span.start:
                 parts.append(update.new_zeros(span.start - end, update.shape[1]))

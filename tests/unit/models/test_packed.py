@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.kernels.grouped_linear import Plan
-from rayft.methods.base import AdapterLinear, MethodConfig
+from rayft.methods.base import Adapter, AdapterLinear, MethodConfig
 from rayft.models import packed as module
 from rayft.models.inject import inject, wrap
 from rayft.models.packed import Layout, pack, skeleton
@@ -143,3 +143,30 @@ def test_a_slot_that_has_all_rows_computes_them_as_alone(made: list[Plan]) -> No
     layout.enter([0, 1, 1, 1], 7)
     assert_close(base(x)[1:], slots[1](x[1:]), torch.float32, 6)
     assert len(made) == 1
+
+
+def test_an_adapter_without_terms_is_added_to_its_own_rows(made: list[Plan]) -> None:
+    base = torch.nn.Sequential(AdapterLinear(torch.nn.Linear(6, 5)))
+    slots = {number: skeleton(base) for number in (0, 1, 2)}
+    for number, own in slots.items():
+        inject(own, MethodConfig(rank=2, targets=("0",)), number)
+        torch.nn.init.normal_(own[0].adapter.lora_B)
+    slots[1][0].adapter.terms = lambda rows: Adapter.terms(slots[1][0].adapter, rows)
+    layout = Layout()
+    pack(base, slots, layout)
+    x = torch.randn(4, 7, 6)
+    layout.enter([0, 1, 1, 2], 7)
+    # A captured graph is replayed with batches of every width.
+    layout.widths[1] = 3
+    y = base(x)
+    y.square().sum().backward()
+    (plan,) = made
+    assert [term.rows.start for term in plan.terms] == [0, 21]
+    for number, rows in ((0, slice(1)), (1, slice(1, 3)), (2, slice(3, 4))):
+        adapter = slots[number][0].adapter
+        packed = adapter.lora_B.grad.clone()
+        adapter.zero_grad()
+        alone = slots[number](x[rows])
+        alone.square().sum().backward()
+        assert_close(y[rows], alone, torch.float32, 6)
+        assert_close(packed, adapter.lora_B.grad, torch.float32, 64)
