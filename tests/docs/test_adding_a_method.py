@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,8 @@ from rayft.models.inject import advance, clear, export, inject
 from rayft.models.methods import settled
 from tests.contract.methods_contract import CASES, CHAIN_CASES, PROMISES, run_all
 
-DOC = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
+ROOT = Path(__file__).parents[2]
+DOC = ROOT / "docs" / "adding-a-method.md"
 
 
 def code_blocks() -> list[str]:
@@ -79,7 +82,7 @@ def test_settings_follow_from_the_method_alone(documented: Method) -> None:
     chain = MethodConfig(name=documented.name, chain=ChainConfig(links=2))
     if isinstance(documented, Chain):
         assert settled(chain) == chain
-        with pytest.raises(MethodError, match="use cola, rac, c3la, rc3la or asym_chain"):
+        with pytest.raises(MethodError, match=r"use cola, .* or asym_chain"):
             settled(MethodConfig(name="lora", chain=ChainConfig(links=2)))
     else:
         with pytest.raises(MethodError, match=f"'{documented.name}' is no chain"):
@@ -95,3 +98,49 @@ def test_examples_open_with_their_maths_as_the_others_do() -> None:
     for block in code_blocks():
         opening = block.split('"""')[1]
         assert all(word in opening for word in ("arXiv:", "Trainable:", "Export to LoRA:", "ΔW"))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """The examples as files with the names that the page gives them."""
+    found = [tmp_path / f"{name}.py" for name in KINDS]
+    for path, block in zip(found, code_blocks(), strict=True):
+        path.write_text(block, encoding="utf-8")
+    return found
+
+
+def run(*command: str | Path, path: Path = ROOT) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(path)])}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_linter_accepts_the_examples(files: list[Path]) -> None:
+    run("ruff", "check", "--no-cache", "--config", "pyproject.toml", *files)
+    run("ruff", "format", "--check", "--no-cache", "--config", "pyproject.toml", *files)
+
+
+@pytest.mark.skipif(not (ROOT / ".mypy_cache").is_dir(), reason="mypy without its cache takes minutes")
+def test_the_type_checker_accepts_the_examples(files: list[Path]) -> None:
+    run("mypy", *files)
+
+
+@pytest.mark.slow
+def test_no_other_test_has_to_know_a_new_method(files: list[Path], tmp_path: Path) -> None:
+    """The tests over the registry pass after the examples have been added to it."""
+    registered = "".join(f"METHODS['{path.stem}'] = import_module('{path.stem}').METHOD\n" for path in files)
+    imports = "from importlib import import_module\nfrom rayft.methods import METHODS\n"
+    (tmp_path / "registers.py").write_text(imports + registered, encoding="utf-8")
+    # The promises are checked above.
+    run(
+        "pytest", "-q", "-p", "registers", "-p", "no:cacheprovider", "-k", "not keeps_its_promises",
+        "--basetemp", tmp_path / "own", "tests/contract/test_methods.py", "tests/unit/methods",
+        path=tmp_path,
+    )  # fmt: skip
