@@ -76,6 +76,14 @@ def test_the_image_has_the_ray_that_is_tested() -> None:
     assert version[1] == ray.__version__
 
 
+@pytest.mark.parametrize(
+    "name", ["cluster.yaml", "clusters/gcp.yaml", "clusters/on-premises.yaml", "docs/deploying.md"]
+)
+def test_the_launcher_has_the_ray_that_is_tested_and_the_command_serve(name: str) -> None:
+    installs = re.findall(r"pip install (\S+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert f'"ray[default,serve]=={ray.__version__}"' in installs
+
+
 def test_the_repository_is_mounted_and_installed() -> None:
     mount = next(remote for remote, local in CONFIG["file_mounts"].items() if local == ".")
     installs = [command for command in CONFIG["setup_commands"] if f'-e "{mount}[' in command]

@@ -123,6 +123,14 @@ def test_it_uses_the_version_of_ray_that_is_tested(name: str) -> None:
     assert cluster(MANIFESTS[name])["authOptions"] == {"mode": "token"}
 
 
+def test_the_image_leaves_out_what_the_launcher_leaves_out() -> None:
+    excluded = yaml.safe_load((ROOT / "cluster.yaml").read_text())["rsync_exclude"]
+    lines = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {line for line in lines if not line.startswith("#")} == {
+        one.removesuffix("/**") for one in excluded
+    }
+
+
 def test_the_job_runs_a_script_that_exists() -> None:
     words = MANIFESTS["rayjob"]["spec"]["entrypoint"].split()
     assert words[0] == "python"
