@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 DEPLOY_HEADER = """\
 # For `serve deploy` on the cluster, which RAY_DASHBOARD_ADDRESS names. Every run of the sweep replaces it.
-# To accept requests from other machines, copy this file, add `keys` to `args`, and set both `host`s.
+# To accept requests from other machines, copy this file, add `keys` to `args`, and set its `host`.
 """
 
 
