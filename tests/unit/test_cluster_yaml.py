@@ -84,6 +84,15 @@ def test_the_launcher_has_the_ray_that_is_tested_and_the_command_serve(name: str
     assert f'"ray[default,serve]=={ray.__version__}"' in installs
 
 
+def test_the_page_has_every_command_that_the_file_needs() -> None:
+    head = (ROOT / "cluster.yaml").read_text().partition("cluster_name")[0].replace("\\\n#", "")
+    commands = [line.split("  #")[0].split() for line in re.findall(r"^#     (\S.*)$", head, re.MULTILINE)]
+    page = " ".join((ROOT / "docs" / "deploying.md").read_text(encoding="utf-8").replace("\\\n", "").split())
+    assert len(commands) == 6
+    missing = [line for line in map(" ".join, commands) if line not in page]
+    assert not missing
+
+
 def test_the_repository_is_mounted_and_installed() -> None:
     mount = next(remote for remote, local in CONFIG["file_mounts"].items() if local == ".")
     installs = [command for command in CONFIG["setup_commands"] if f'-e "{mount}[' in command]
