@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -534,6 +535,9 @@ def loading(config: ModelConfig) -> Iterator[None]:
             raise disk_full_error(error, hub_cache()) from error
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError | ImportError):
+            # torch makes this folder while a model's module is imported.
+            if compiled := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+                check_folder(Path(compiled), "TORCHINDUCTOR_CACHE_DIR")
             lacks = "" if Path(config.name).expanduser().exists() else f"There is no folder {config.name}. "
             remedy = f"{lacks}Without a hub, give a folder, a .gguf file, or one of {', '.join(REGISTERED)}"
         else:

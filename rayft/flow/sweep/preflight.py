@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,6 @@ def preflight(config: PipelineConfig) -> Plan:
     """
     output = config.folder
     check_folder(output, "output (--set output=…)")
-    _check_compiler_folder()
     spec = tracker_spec(config.tracking, output)
     check_tracker(spec)
     begun = check_stamp(config, output)
@@ -131,12 +129,6 @@ def preflight(config: PipelineConfig) -> Plan:
     warnings = (*turns, *notes(encoded), *_doubts(run, parts, encoder), *unused, *damaged, *full)
     former = "" if begun_by(output) else former_hash(begun or config)
     return Plan(config, run, trials, executor, slots, tracker, parts, output, identity, former, warnings)
-
-
-def _check_compiler_folder() -> None:
-    # torch makes this folder while a model's module is imported, and that error would be the model's.
-    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        check_folder(Path(folder), "TORCHINDUCTOR_CACHE_DIR")
 
 
 def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rayft.errors import ModelError
+from rayft.errors import ModelError, ResourceError
 from rayft.methods.base import MethodConfig
 from rayft.models.files import unused
 from rayft.models.here import hub_models
@@ -27,6 +27,7 @@ from rayft.models.load import (
     load_model,
     load_shallow,
     load_skeleton,
+    loading,
     resolve,
 )
 from tests.unit.damages import empty, half
@@ -128,6 +129,17 @@ def test_pickled_weights_are_refused_before_they_are_read(
     (folder / name).rename(folder / "weights.bin")
     with pytest.raises(ModelError, match=match):
         load_model(ModelConfig(name=str(folder)), torch.float32)
+
+
+def test_a_folder_that_torch_can_not_make_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with (
+        pytest.raises(ResourceError, match="set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"),
+        # As transformers does, which imports a model's module when it is first needed.
+        loading(ModelConfig(name="tiny-llama")),
+    ):
+        raise ModuleNotFoundError("Could not import module 'LlamaForCausalLM'")
 
 
 def test_a_hub_id_is_refused_without_a_hub() -> None:
