@@ -306,11 +306,11 @@ class Director:
         async with self._alone():
             if deployed not in self._served.versions:
                 return
-            new = await self._copy(new)
-            if new == deployed:
+            wanted = state.loaded(self._served, await self._copy(new))
+            if wanted.versions == self._served.versions:
                 return
-            await self._change(state.loaded(self._served, new))
-            logger.info("%s is %s now", deployed.name, new.id)
+            await self._change(wanted)
+            logger.info("%s is %s now", deployed.name, wanted.of(deployed.name)[-1].id)
 
     def __del__(self) -> None:
         # Ray Serve calls this when it stops the director. Another one may replace it, and needs the copies,

@@ -150,21 +150,20 @@ def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
 
     Args:
         served: what is served now.
-        new: the version; with `version` 0 it gets the next free number.
+        new: the version. If its number is 0, or is that of another content, it gets the number under which
+            its content is served, or else the next free one.
         weight: the version's share of the traffic.
 
     Raises:
         BadRequestError: if the name is not served, has a canary already, or serves the same content.
     """
-    mine = served.of(new.name)
-    if mine and mine[-1].content_hash == new.content_hash and weight == 1.0:
-        same = replace(new, version=mine[-1].version) if new.version == 0 else new
-        return _changed(served, new.name, (same,), previous=served.previous.get(new.name))
-    before = [*mine, *([served.previous[new.name]] if new.name in served.previous else [])]
+    mine, previous = served.of(new.name), served.previous.get(new.name)
+    same = next((one for one in mine if one.content_hash == new.content_hash), None)
+    before = [*mine, *([previous] if previous else [])]
     taken = {one.version for one in before if one.content_hash != new.content_hash}
     if new.version == 0 or new.version in taken:
-        numbers = [one.version for one in before]
-        new = replace(new, version=max(served.numbers.get(new.name, 0), *numbers, 0) + 1)
+        largest = max(served.numbers.get(new.name, 0), *(one.version for one in before), 0)
+        new = replace(new, version=same.version if same else largest + 1)
     if weight < 1.0:
         if not mine:
             raise BadRequestError(f"'{new.name}' is not served yet; load it without a weight first")
@@ -174,10 +173,10 @@ def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
             )
         if mine[0].content_hash == new.content_hash:
             raise BadRequestError(f"'{new.name}' already serves this content ({new.content_hash})")
-        return _changed(
-            served, new.name, (mine[0], new), weight=weight, previous=served.previous.get(new.name)
-        )
-    return _changed(served, new.name, (new,), previous=mine[0] if mine else None)
+        return _changed(served, new.name, (mine[0], new), weight=weight, previous=previous)
+    if mine and mine[0] is not same:
+        previous = mine[0]
+    return _changed(served, new.name, (new,), previous=previous)
 
 
 def promoted(served: Served, name: str) -> Served:

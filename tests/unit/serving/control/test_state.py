@@ -76,6 +76,21 @@ def test_a_canary_gets_its_share_and_is_promoted_or_rolled_back() -> None:
     assert versions(rolled_back(back, "a")) == [(2, "2")]
 
 
+def test_the_content_of_a_canary_that_is_loaded_for_all_traffic_can_be_rolled_back() -> None:
+    served = loaded(loaded(Served(), deployed(content="0")), deployed(content="1"))
+    served = loaded(served, deployed(content="2"), weight=0.25)
+    assert loaded(served, deployed(content="2")) == promoted(served, "a")
+    # The content of the version beside the canary ends the canary.
+    assert loaded(served, deployed(content="1")) == rolled_back(served, "a")
+
+
+def test_a_number_never_denotes_two_contents() -> None:
+    served = loaded(loaded(Served(), deployed()), deployed("a", "2", 1))
+    assert versions(served) == [(2, "2")]
+    # As when an alias of the registry is looked up again.
+    assert loaded(served, deployed("a", "2", 1)).versions == served.versions
+
+
 def test_the_number_of_a_canary_that_was_rolled_back_is_not_given_again() -> None:
     served = loaded(loaded(Served(), deployed()), deployed(content="2"), weight=0.25)
     served = loaded(rolled_back(served, "a"), deployed(content="3"), weight=0.25)
