@@ -85,7 +85,7 @@ class MlflowRegistry:
         return replace(ref, version=found.number, content_hash=found.content_hash, uri=found.uri)
 
     def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
-        """Return the local adapter folder `folder`/<content hash>, and download it if it does not exist.
+        """Return the local adapter folder `folder`/<content hash>; download it if it is missing or damaged.
 
         Raises:
             RegistryError: if there is no such version, or its files can't be downloaded.
@@ -97,7 +97,7 @@ class MlflowRegistry:
                 f"{resolved} was not registered by rayft, so it can't be checked; register its folder"
             )
         target = Path(folder) / resolved.content_hash
-        if not target.is_dir():
+        if not _holds(target, resolved):
             with room_on(target.parent):
                 self._fetch(resolved, target)
         return target
@@ -108,6 +108,7 @@ class MlflowRegistry:
         try:
             local = self._download(resolved, staging)
             _check_content(local, resolved)
+            shutil.rmtree(target, ignore_errors=True)
             if not settle(local, target):
                 raise RegistryError(f"{target} can't be written; remove it or choose another folder")
         finally:
@@ -129,10 +130,9 @@ class MlflowRegistry:
         ref = AdapterRef(version.name, version.number, content_hash=version.content_hash, uri=version.uri)
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                _check_content(self._download(ref, Path(scratch)), ref)
+                return _holds(self._download(ref, Path(scratch)), ref)
             except RegistryError:
                 return False
-        return True
 
     def _download(self, ref: AdapterRef, folder: Path) -> Path:
         try:
@@ -240,6 +240,15 @@ def _version(version: ModelVersion, aliases: Mapping[str, object]) -> AdapterVer
         aliases=tuple(sorted(alias for alias, target in aliases.items() if int(str(target)) == number)),
         tags=dict(version.tags),
     )
+
+
+def _holds(folder: Path, ref: AdapterRef) -> bool:
+    """Return whether a folder contains what was registered."""
+    try:
+        _check_content(folder, ref)
+    except RegistryError:
+        return False
+    return True
 
 
 def _check_content(folder: Path, ref: AdapterRef) -> None:

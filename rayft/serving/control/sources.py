@@ -19,6 +19,7 @@ from rayft.paths import check_folder
 from rayft.registry.ref import AdapterRef, Registry
 from rayft.serving.control.admission import BaseModel, check_adapter, read_adapter
 from rayft.serving.control.allowed import FILES
+from rayft.serving.control.copies import holds
 from rayft.serving.control.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 
@@ -165,11 +166,14 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
             for name in names:
                 with room_on(fetched):
                     files.get_file(f"{root}/{name}", str(staging / name))
-        target = fetched / read_adapter(staging).content_hash
-        if not target.is_dir() and not settle(staging, target):
-            raise ArtifactError(
-                f"{target} can't be written; remove what is there, or set another folder (fetched)"
-            )
+        content = read_adapter(staging).content_hash
+        target = fetched / content
+        if not holds(target, content):
+            shutil.rmtree(target, ignore_errors=True)
+            if not settle(staging, target):
+                raise ArtifactError(
+                    f"{target} can't be written; remove what is there, or set another folder (fetched)"
+                )
         return target
     finally:
         shutil.rmtree(staging, ignore_errors=True)

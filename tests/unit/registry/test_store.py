@@ -159,6 +159,18 @@ def test_files_that_were_changed_or_deleted_are_not_fetched(
         registry.fetch("models:/sums", tmp_path / "cache")
 
 
+def test_a_damaged_copy_is_fetched_again(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    fetched = registry.fetch("models:/sums", tmp_path / "cache")
+    weights = fetched / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert registry.fetch("models:/sums", tmp_path / "cache") == fetched
+    assert AdapterArtifact.load(fetched).content_hash == fetched.name
+    assert list((tmp_path / "cache").iterdir()) == [fetched]
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_registering_again_brings_files_back_that_were_changed_or_deleted(
     registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path, lost: bool

@@ -64,6 +64,17 @@ def test_a_url_is_fetched_once(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "got").iterdir()] == [here.content_hash]
 
 
+def test_a_damaged_copy_is_fetched_again(folder: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(folder), "/adapters/damaged", recursive=True)
+    first = find("a", "memory://adapters/damaged", None, tmp_path / "got", "1MB", pinned=False)
+    weights = Path(first.folder) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert find("a", "memory://adapters/damaged", None, tmp_path / "got", "1MB", pinned=False) == first
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [first.content_hash]
+
+
 def test_an_error_of_a_store_becomes_an_artifact_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
