@@ -209,22 +209,18 @@ class Broker:
         entry.given = entry.events[0].number
         return entry.events[0]
 
-    async def cancel(self, job_id: str, step: int | None = None) -> None:
+    async def cancel(self, job_id: str, step: int) -> None:
         """Stop a job at a step: the lane learns it from the answer to that report.
-
-        A job that has not been started is dropped.
 
         Args:
             job_id: the job.
-            step: the step of the report that led to the decision; by default the last reported step.
+            step: the step of the report that led to the decision.
         """
         entry = self._entries.get(job_id)
         if entry is None or entry.done:
             return
-        entry.stop_at = entry.last_step if step is None else step
+        entry.stop_at = step
         _decide(entry, "stop")
-        if entry.lane is None and not entry.stop_at:
-            entry.ended.set()
 
     async def leave(self, job_id: str) -> None:
         """Let a job go on to its end, because the client that decides about it has ended for good."""
@@ -550,7 +546,7 @@ class Broker:
         ]
 
     async def result(self, job_id: str) -> Event | None:
-        """Wait until a job has ended, and return its last event; None if it was never started."""
+        """Wait until a job has ended, and return its last event; None if it was never submitted."""
         entry = self._entries.get(job_id)
         if entry is None:
             return None
@@ -641,9 +637,7 @@ class Broker:
             entry = self._entries[job_id]
             isolated = entry.setbacks > 1 and bool(entry.job.pack)
             job = replace(entry.job, pack="") if isolated else entry.job
-            if entry.done:
-                self._queue.remove(job_id)
-            elif pack is not None and self._has_its_share(lane, pack):
+            if pack is not None and self._has_its_share(lane, pack):
                 return None
             elif job.lane in (None, lane) and pack in (None, job.pack):
                 self._queue.remove(job_id)
@@ -664,8 +658,11 @@ class Broker:
         entry.changed.set()
 
     def _end(self, entry: _Entry, event: Event) -> None:
-        if entry.last is not None:
+        if entry.done:
             return
+        # It may end while it waits, if the only lane that may take it can't be started.
+        with suppress(ValueError):
+            self._queue.remove(entry.job.id)
         entry.last = event
         entry.ended.set()
         # A job that a full disk ends has not failed: the next command continues it.

@@ -60,7 +60,7 @@ def test_announced_evaluations_reach_all_clients_before_any_decision() -> None:
         await asyncio.sleep(0.05)
         assert not any(report.done() for report in reports)
         waiting = asyncio.create_task(broker.next_event("a"))
-        await broker.cancel("b")
+        await broker.cancel("b", 10)
         assert [await report for report in reports] == ["continue", "stop"]
         await asyncio.sleep(0.05)
         assert not waiting.done(), "an evaluation was passed on twice"
@@ -139,7 +139,7 @@ def test_a_cancelled_job_frees_its_lane_at_once() -> None:
         await broker.pull("lane")
         report = asyncio.create_task(broker.report("a", 10, {}))
         await broker.next_event("a")
-        await broker.cancel("a")
+        await broker.cancel("a", 10)
         assert await report == "stop"
         await broker.finish("a", b"result")
         assert (await broker.result("a")) == Event("final", payload=b"result")
@@ -169,16 +169,6 @@ def test_a_job_about_which_nobody_decides_goes_on() -> None:
         assert await broker.notices() == [
             "a: the search can't decide about it any more, so it trains to its end"
         ]
-
-    play(scene())
-
-
-def test_a_job_cancelled_in_the_queue_is_never_run() -> None:
-    async def scene() -> None:
-        broker = Broker()
-        await broker.submit(job("a"))
-        await broker.cancel("a")
-        assert await broker.pull("lane", timeout=0.05) is None
 
     play(scene())
 
@@ -663,6 +653,25 @@ def test_if_no_lane_can_be_started_all_jobs_end_with_one_error() -> None:
             ):
                 event.raise_fatal()
         assert {one["state"] for one in await broker.snapshot()} == {"interrupted"}
+
+    play(scene())
+
+
+def test_a_job_that_ended_in_the_queue_leaves_it() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=1)
+        for name in ("a", "b"):
+            await broker.expect(f"own-{name}")
+        for name in ("a", "c"):
+            await broker.submit(job(name, "own-a"))
+        assert not await broker.lane_died("own-a", "no GPU")
+        await broker.forget(["a"])
+        assert (await broker.next_event("c")).kind == "failed"
+        assert await broker.submit(job("c"))
+        pulled = await broker.pull("own-b", timeout=0.05)
+        assert isinstance(pulled, Job)
+        assert pulled.id == "c"
+        assert await broker.pull("own-d", timeout=0.05) is None, "two lanes have the same job"
 
     play(scene())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from rayft.errors import DiskFullError
 from rayft.identity import Identity
-from rayft.sweep.broker import Broker
 from rayft.sweep.jobs import Event, Job, Outcome
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult, read_result, trial_folder, write_result
@@ -41,18 +39,6 @@ def test_a_job_ends_with_its_result_or_an_error(run: RunConfig) -> None:
     assert job.outcome(Event("interrupted")) == Outcome(error="it was interrupted")
     with pytest.raises(DiskFullError, match="no space"):
         job.outcome(Event("failed", error="no space", fatal="disk"))
-
-
-def test_a_job_that_was_cancelled_in_the_queue_has_no_last_event(run: RunConfig) -> None:
-    async def scene() -> None:
-        broker = Broker()
-        await broker.submit(Job.of("a", ScoreRequest(run, ("val",))))
-        waiting = asyncio.create_task(broker.result("a"))
-        await asyncio.sleep(0)
-        await broker.cancel("a")
-        assert await waiting is None
-
-    asyncio.run(asyncio.wait_for(scene(), 10))
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
