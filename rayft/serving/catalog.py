@@ -455,7 +455,9 @@ class Catalog:
                 try:
                     artifact = await self._read(entry.deployed)
                 except Exception as error:
-                    self._problems[entry.deployed.id] = self._reason(entry.deployed, error)
+                    # Its copy is deleted when it is unloaded, which may happen meanwhile.
+                    if self._entries.get(entry.deployed.id) is entry:
+                        self._problems[entry.deployed.id] = self._reason(entry.deployed, error)
                     raise
                 self._problems.pop(entry.deployed.id, None)
             await self._place(entry, artifact, evict=evict)

@@ -449,6 +449,26 @@ def test_an_evicted_adapter_is_unavailable_while_it_can_not_be_read(tmp_path: Pa
     assert len(served.keys("a")) == 1
 
 
+def test_an_adapter_that_is_unloaded_while_it_is_read_is_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Server(device=ONE)
+    folders = {name: save(tmp_path, name) for name in "ab"}
+    served.sync(folders)
+    served.keys("b")
+    shutil.move(tmp_path / "a", tmp_path / "away")
+
+    async def unload(_: Deployed) -> bool:
+        await served.async_sync({"b": folders["b"]})
+        return False
+
+    monkeypatch.setattr(served.catalog, "_fetch", unload)
+    with pytest.raises(ArtifactError, match="'a' is not served"):
+        served.keys("a")
+    assert served.catalog.problems() == {}
+    assert served.catalog.tiers() == {"b@1": "device"}
+
+
 def test_an_adapter_in_memory_does_not_change_with_its_file(served: Server, tmp_path: Path) -> None:
     served.sync({"a": save(tmp_path)})
     (key,) = served.keys("a")
