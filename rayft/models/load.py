@@ -173,7 +173,7 @@ def resolve(config: ModelConfig) -> str:
         if any(path.glob("pytorch_model*.bin*")) and not any(path.glob("*.safetensors")):
             raise _pickled(config)
         return str(path)
-    if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")):
+    if _is_hub_id(config.name):
         return config.name
     raise ModelError(
         f"no model '{config.name}'{nearest(config.name, REGISTERED)}; a folder, a .gguf file or a hub id "
@@ -193,7 +193,7 @@ def is_here(name: str, revision: str | None = None) -> bool:
         return (cache_folder() / "models" / name / "config.json").is_file()
     if path.is_dir():
         return (path / "config.json").is_file()
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _is_hub_id(name):
         return False
     from transformers.utils.hub import cached_file
 
@@ -201,6 +201,10 @@ def is_here(name: str, revision: str | None = None) -> bool:
         return cached_file(name, "config.json", revision=revision, local_files_only=True) is not None
     except (OSError, ValueError):
         return False
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
@@ -261,8 +265,9 @@ def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
 def load_shallow(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
     """Return a language model like a base, but with random weights, few layers and no tokenizer.
 
-    It has the fewest layers among which each kind of the base's layers is, and at least two, because the
-    first layer's input needs no gradient. What it computes for a batch has the shapes of the base's.
+    It has the first layers of the base, as many as it takes to have one of each kind, and at least two,
+    because the first layer's input needs no gradient. What it computes for a batch has the shapes of what
+    the base computes.
 
     Raises:
         ModelError: if the base can't be found, or has attention that rayft does not know.

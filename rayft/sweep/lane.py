@@ -27,7 +27,7 @@ import ray.exceptions
 import torch
 from ray.train.torch import get_device
 
-from rayft.errors import DiskFullError, InterruptedRunError, RayftError, TrainError
+from rayft.errors import InterruptedRunError, RayftError, TrainError
 from rayft.files import disk_full, disk_full_error
 from rayft.identity import Identity
 from rayft.models.files import cache_folder
@@ -272,7 +272,8 @@ class Lane:
         """Handle the error of a job; raise it, or another one, if the group has to end."""
         if disk_full(error):
             # Any worker reports it: the others may wait for this one until the end of the sweep ends them.
-            full = _disk_full_error(error, *job.request.folders)
+            folders = *job.request.folders, Path(tempfile.gettempdir()), cache_folder()
+            full = disk_full_error(error, *folders)
             ray.get(self.broker.fail.remote(job.id, str(full), fatal=True))
         elif isinstance(error, RayftError) and (error.everywhere or self.worker.world == 1):
             self._fail(job, str(error))
@@ -363,11 +364,6 @@ class _Heart:
                 # The sweep is over, or its cluster shuts down; the lane notices it at its next call.
                 return
             self._stopped.wait(BEAT_SECONDS)
-
-
-def _disk_full_error(error: Exception, *folders: Path) -> DiskFullError:
-    """Return an error that names the full disk, even if the writer's own error does not name it."""
-    return disk_full_error(error, *folders, Path(tempfile.gettempdir()), cache_folder())
 
 
 def _quiet_libraries() -> None:

@@ -64,7 +64,7 @@ class ScoreRequest:
     parts: tuple[Literal["val", "test"], ...]
     adapter: str | None = None
     """Folder of the adapter; by default the base alone is scored."""
-    style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
+    style: Style = "as_is"
     expected: Identity = UNKNOWN
     """Identity of data and base, as the driver has read them."""
     examples: int | None = None
@@ -184,7 +184,7 @@ def score_together(
     numbers = {key: slot for slot, key in enumerate(requests)}
     shots = parts.train[: evaluate.shots]
 
-    # Adapters are asked the same.
+    # All adapters are asked the same questions.
     @cache
     def chosen(part: str, most: int | None) -> list[Example]:
         return _chosen(getattr(parts, part), most)
@@ -233,10 +233,11 @@ def _answers(
     advance: Callable[[int], None],
 ) -> list[str]:
     """Answer prompts in batches that fit into the device's memory."""
-    loaded, done = session.loaded, [0]
+    loaded, done = session.loaded, 0
 
     def count(number: int) -> None:
-        done[0] += number
+        nonlocal done
+        done += number
         advance(number)
 
     while True:
@@ -245,8 +246,8 @@ def _answers(
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-        advance(-done[0])
-        done[0], batch = 0, -(-batch // 2)
+        advance(-done)
+        done, batch = 0, -(-batch // 2)
         torch.cuda.empty_cache()
 
 

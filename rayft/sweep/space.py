@@ -202,7 +202,7 @@ def points(sweep: SweepConfig, run: RunConfig) -> list[Point]:
     Raises:
         ConfigError: if the cap is too small for one trial of each method.
     """
-    families = [list(_family(name, space, sweep, run)) for name, space in sweep.methods.items()]
+    families = [_family(name, space, sweep, run) for name, space in sweep.methods.items()]
     turns = [family[i] for i in range(max(map(len, families))) for family in families if i < len(family)]
     limit = sweep.trials if sweep.trials is not None else len(turns)
     if limit < len(families):

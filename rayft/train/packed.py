@@ -301,8 +301,8 @@ class Pack:
         else:
             now = self.placement
             after = smaller(_widest(slots), now)
-            if after.accumulation == now.accumulation and _drops(slots):
-                # The values that a slot drops would be drawn anew when its activations are.
+            if after.accumulation == now.accumulation and _has_dropout(slots):
+                # Recomputed activations would have other values dropped.
                 raise DeviceMemoryError
             self._smaller = after
 
@@ -412,7 +412,7 @@ class Pack:
     @property
     def _recomputes(self) -> bool:
         """Whether activations are recomputed."""
-        return self._smaller.activation_checkpointing and not _drops(self._slots)
+        return self._smaller.activation_checkpointing and not _has_dropout(self._slots)
 
     # --- steps
 
@@ -426,7 +426,7 @@ class Pack:
         for slot, one in steps.items():
             slot.share = one.share
         groups = [self._micro_batches(slots) for slots in self._passes(steps)]
-        self._capture(groups[0][0])
+        self._capture(engine, groups[0][0])
         targets, tokens = Counter[Slot](), Counter[Slot]()
         for micro in (micro for micros in groups for micro in micros if micro is not None):
             targets.update(micro.targets)
@@ -486,7 +486,7 @@ class Pack:
     @property
     def _by_graphs(self) -> bool:
         """Whether passes are captured, which they are not while a slot has dropout."""
-        return self._graphs and not _drops(self._slots)
+        return self._graphs and not _has_dropout(self._slots)
 
     def _read(self) -> None:
         """Wait until the device has taken the last step, unless that was done."""
@@ -500,16 +500,14 @@ class Pack:
         count = self._together or len(order)
         return [order[first : first + count] for first in range(0, len(order), count)]
 
-    def _capture(self, micro: _Micro | None) -> None:
+    def _capture(self, engine: FlatEngine, micro: _Micro | None) -> None:
         """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
-        if micro is None or not self._by_graphs or self._captured:
-            return
-        if self._engine is None or len(micro.spans) < len(self._slots):
+        if micro is None or not self._by_graphs or self._captured or len(micro.spans) < len(self._slots):
             return
         self._enter(micro)
         self._captured = ExitStack()
         try:
-            self._captured.enter_context(graphed(self._model, micro.batch, chain(*self._engine.parts)))
+            self._captured.enter_context(graphed(self._model, micro.batch, chain(*engine.parts)))
         except (ConfigError, TrainError) as error:
             logger.info("%s", error)
             self._wants_graphs = self._graphs = False
@@ -594,7 +592,7 @@ def _widest(slots: Sequence[Slot]) -> RunConfig:
     return max((slot.run for slot in slots), key=lambda run: run.optim.rows_per_step)
 
 
-def _drops(slots: Sequence[Slot]) -> bool:
+def _has_dropout(slots: Sequence[Slot]) -> bool:
     return any(slot.run.method.dropout for slot in slots)
 
 
@@ -660,7 +658,7 @@ class Courses(Generic[EndT]):
             return self._validated() or self._stepped()
         except torch.OutOfMemoryError as error:
             failure = str(error)
-        # Of an engine that was not finished.
+        # Frees what an engine that could not be built has left.
         gc.collect()
         intact = not self._pack.updating
         due = [key for key in self._courses if not isinstance(self._asked[key], Question)]

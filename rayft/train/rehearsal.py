@@ -31,6 +31,7 @@ from rayft.models.load import load_shallow
 from rayft.models.methods import method
 from rayft.models.packed import unpackable
 from rayft.train.course import TrainResult
+from rayft.train.flat import FlatEngine
 from rayft.train.fused import fuse_base
 from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig, why_alone
@@ -180,21 +181,20 @@ class _Pack(Pack):
 
     _compiled = False
 
-    def _capture(self, micro: Any) -> None:
+    def _capture(self, engine: FlatEngine, micro: Any) -> None:
         if micro is not None and not self._compiled and _is_gpu(self._session.worker.device):
             self._compiled = True
             try:
-                self._compile(micro)
+                self._compile(engine, micro)
             except Exception:
                 logger.info("kernels are compiled one after the other", exc_info=True)
-        super()._capture(micro)
+        super()._capture(engine, micro)
 
-    def _compile(self, micro: Any) -> None:
+    def _compile(self, engine: FlatEngine, micro: Any) -> None:
         """Run a pass whose kernels are compiled and not launched: what it computes means nothing."""
         self._enter(micro)
         # Triton's mode belongs to the thread, and the backward pass would have one of its own.
         with compiling_ahead(), torch.autograd.set_multithreading_enabled(False):
             target_losses(self._model, micro.batch).sum().backward()
-        assert self._engine is not None
-        self._engine.drop_gradients()
+        engine.drop_gradients()
         logger.info("compiled the kernels of packed layers")

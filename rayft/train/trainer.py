@@ -256,7 +256,7 @@ class Trainer:
         try:
             return (yield from self._course())
         except torch.OutOfMemoryError as error:
-            # Not in a step, but for fresh adapters, the next rank or a copy of the best.
+            # Steps handle it themselves: it was for fresh adapters, the next rank or a copy of the best.
             if self.pack is not None and len(self.pack):
                 raise CrowdedError(str(error), intact=False) from None
             raise engine_out_of_memory(self.run) from None
@@ -272,9 +272,8 @@ class Trainer:
             if self.pack is None:
                 self.placement = place(self.run, self.session, self._known_placement)
             self._note_mask()
-            # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
-            # The memory of runs that share their steps is that of all of them.
+            # What `place` has tried does not count. Packed runs have no memory of their own.
             watch = PeakMemory(self.worker.device) if self.pack is None else nullcontext()
             with watch as memory, stream:
                 finished, saved = yield from self._train_phases()
@@ -284,7 +283,7 @@ class Trainer:
         return self._result(saved, finished, memory.peak if memory else 0, self.clock() - started)
 
     def _note_mask(self) -> None:
-        """Report that attention computes all pairs of tokens, once for all runs of a session."""
+        """Notify the user, once for all runs of a session, if attention computes all pairs of tokens."""
         if self.worker.rank > 0 or self.run.model.task != "causal_lm":
             return
         graphs = self.placement.graphs
@@ -328,8 +327,7 @@ class Trainer:
         """
         masters: Mapping[str, Master] | None = None
         while True:
-            left = masters is None and state is not None
-            with self._new_engine(by_deepspeed=left and not self._is_portable(state)):
+            with self._new_engine(by_deepspeed=masters is None and not self._is_portable(state)):
                 go_on: bool | None = True
                 if masters is not None:
                     write_masters(self.engine, masters)
@@ -475,7 +473,7 @@ class Trainer:
             self.reporter.log(launched.step, _step_metrics(launched.lr, result))
 
     def _check_finite(self, loss: float, what: str, when: str) -> None:
-        """Raise TrainError on all workers, whose loss it is, unless it is finite."""
+        """Raise TrainError unless a loss is finite. All workers have the same loss, so all raise it."""
         if not math.isfinite(loss):
             diverged = TrainError(
                 f"the {what} is {loss} {when} with lr {self.run.optim.lr:g}; use a lower learning rate, a "
@@ -485,7 +483,7 @@ class Trainer:
             raise diverged
 
     def answer(self, asked: Asked) -> Later | bool | float:
-        """Answer what the course of a run asks for that has the device to itself."""
+        """Answer what the course of a run asks for, if the run has the device to itself."""
         if isinstance(asked, Validation):
             return validation_loss(self.session)
         if isinstance(asked, Question):

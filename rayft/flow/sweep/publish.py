@@ -27,6 +27,7 @@ from rayft.flow.address import joined, spread
 from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.display import Display
 from rayft.flow.selection import ServedAdapter, served_adapters, why_not_served
+from rayft.flow.sweep.folder import RECORD_FILE
 from rayft.flow.sweep.preflight import Plan
 from rayft.flow.sweep.record import Findings, build_record, described, with_run_ids
 from rayft.flow.sweep.tracking import SweepTracking
@@ -97,7 +98,7 @@ class Publisher:
         """
         plan = self._plan
         record = build_record(plan, found, self._display.timings, self._tracking.run_id)
-        record.save(plan.output / "sweep.json")
+        record.save(plan.output / RECORD_FILE)
         served, several_nodes = served_adapters(plan.output, record), on_several_nodes()
         if not several_nodes:
             with self._late("serve.yaml was not written"):
@@ -126,7 +127,7 @@ class Publisher:
         record = with_run_ids(record, plan.tracker).model_copy(
             update={"timings": dict(self._display.timings)}
         )
-        record.save(plan.output / "sweep.json")
+        record.save(plan.output / RECORD_FILE)
         self._render(record)
         with self._late("not all of the analysis is tracked"):
             self._tracking.tracker.artifact(self._tracking.run_id, path)
@@ -174,14 +175,14 @@ class Publisher:
         """Return the record with the ids of the runs that MLflow has by now; save it if it has changed."""
         found = with_run_ids(record, self._plan.tracker)
         if found != record:
-            found.save(self._plan.output / "sweep.json")
+            found.save(self._plan.output / RECORD_FILE)
             self._render(found)
         return found
 
     def _track_report(self) -> None:
         output, tracking = self._plan.output, self._tracking
         with self._late("the report is not tracked"):
-            tracking.tracker.artifact(tracking.run_id, output / "sweep.json")
+            tracking.tracker.artifact(tracking.run_id, output / RECORD_FILE)
             if (output / "report.html").is_file():
                 tracking.tracker.artifact(tracking.run_id, output / "report.html")
 

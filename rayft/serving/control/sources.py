@@ -73,7 +73,7 @@ def find(
         folder = _fetch(source, Path(fetched), parse_bytes(max_bytes))
     else:
         folder = _folder(source, f"adapter '{name}' is not served: ")
-    check_size(folder, max_bytes)
+    _check_size(folder, max_bytes)
     content = check_adapter(name, str(folder), base).content_hash
     return Deployed(name, version, str(folder), content, source, aliases, pinned, score)
 
@@ -97,7 +97,7 @@ def followed(source: str) -> bool:
     return source.startswith("models:/") and AdapterRef.parse(source).version is None
 
 
-def check_size(folder: Path, max_bytes: str) -> None:
+def _check_size(folder: Path, max_bytes: str) -> None:
     """Check the size of an adapter's files before any of them is read.
 
     Raises:

@@ -126,10 +126,10 @@ def test_kernels_are_compiled_by_a_pass_that_leaves_nothing(
     grads: list[bool] = []
     captured = packed.Pack._capture
 
-    def after(pack: packed.Pack, micro: Any) -> None:
+    def after(pack: packed.Pack, engine: Any, micro: Any) -> None:
         own: Sequence[Any] = pack._built
         grads.append(any(p.grad is not None for slot in own for p in slot.module.parameters()))
-        captured(pack, micro)
+        captured(pack, engine, micro)
 
     monkeypatch.setattr(rehearsal, "_is_gpu", lambda _: True)
     monkeypatch.setattr(rehearsal, "compiling_ahead", nullcontext)
