@@ -63,21 +63,22 @@ __all__ = ["MANIFEST", "SMALL", "Prepared", "prepare"]
 logger = logging.getLogger(__name__)
 
 SMALL = 2**20
-"""Bytes of data that each process rather reads and encodes itself."""
+"""Bytes of data below which each process reads and encodes the data itself, which is faster."""
 MANIFEST = "manifest.json"
 """File of a complete prepared set; the time of its last change is that of the set's last use."""
 STARTED = "started"
 """File of a set whose time of modification is that of its start."""
 TICK_SECONDS = 0.1
-"""More than the time between two times of modification that differ."""
+"""Longer than the resolution of the times of modification of files."""
 PAUSE_SECONDS = 1.0
-"""Time between two looks whether another machine has made a set."""
+"""Interval at which a machine checks whether another one has made the set."""
 EXAMPLES_A_PROCESS = 2000
-"""Examples from which another process for encoding takes less time than it costs."""
+"""Examples from which another process for encoding saves more time than its start takes."""
 BATCH = 256
 """Examples that are encoded at once."""
 LENGTH_BYTES = 8
-"""Bytes before what the preparing process is asked, which have its length; its standard input stays open."""
+"""Bytes before the request to the preparing process that have its length: the standard input stays
+open after it."""
 ROWS_A_PIECE = 2000
 """Rows that are written at once. Mapping a file reads a little of each piece."""
 
@@ -203,7 +204,7 @@ def _content(config: DataConfig) -> dict[str, str] | None:
 def _hub_content(config: DataConfig, splits: Mapping[str, str]) -> dict[str, str] | None:
     import datasets
 
-    # Of a set that is streamed, one row tells what its columns are.
+    # The first row of a set that is streamed is enough to know its columns.
     first = None if config.rows is None else 1
     tables = {part: load_hub(config.name, split, first) for part, split in splits.items()}
     kinds = [kind for table in tables.values() for kind in table.features.values()]
@@ -292,7 +293,7 @@ def _make(
     try:
         with kept_alive(staging):
             (staging / STARTED).touch()
-            # Who is not seen after this has begun at a later time on the clock of the disk.
+            # A machine whose folder is not there after this pause starts later by the disk's clock.
             time.sleep(TICK_SECONDS)
             _wait_for_others(staging, folder)
             if (folder / MANIFEST).is_file():
@@ -322,11 +323,14 @@ def _wait_for_others(staging: Path, folder: Path) -> None:
 
 
 def _is_before(other: Path, own: Path) -> bool:
-    """Return whether another machine is making a set, and has begun before this one; delete what is left."""
+    """Return whether another machine is making a set and began before this one.
+
+    If the process that was making it was killed, its folder is deleted.
+    """
     if other == own:
         return False
     try:
-        # Whatever else this machine has begun was killed, since this process has the lock.
+        # This process has the lock, so any other process of this machine that was making the set was killed.
         if other.name.startswith(own.name.rpartition("-")[0]) or abandoned(other):
             shutil.rmtree(other, ignore_errors=True)
             return False

@@ -53,7 +53,7 @@ UNSEEN = {
 a check of its own."""
 
 MOST_PIECES = 1000
-"""Pieces of texts whose tokens are kept for the next texts."""
+"""Number of pieces of text whose tokens are kept, after which all are dropped."""
 
 INSTRUCTION = "Reply with nothing but the answer: no explanation, no full sentence."
 
@@ -291,7 +291,7 @@ class _Layout:
         kinds = "turns", *_kinds(messages, example)
         if kinds in self._written or not self.tokenizer.chat_template:
             return
-        # A mark in each turn, which no template changes but for its case.
+        # A mark in each turn, of which templates change at most the case.
         marks = [f"{PROBE}{number}k".casefold() for number in range(len(messages))]
         marked = [*zip(messages, marks, strict=True)]
         turns = [replace(message, content=message.content + mark).turn() for message, mark in marked]
@@ -507,7 +507,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def counted(some: Iterable[int], all_indices: Iterable[int]) -> str:
-    """Return how many examples some texts are of, for messages: "2 of 9 examples".
+    """Return the number of examples that some texts come from, for messages: "2 of 9 examples".
 
     Args:
         some: index of the example of each of these texts.

@@ -113,7 +113,7 @@ class _Entry:
     setbacks: int = 0
     """How often its lane has died since the job last reported a new evaluation."""
     isolated: bool = False
-    """Whether its lane does it alone for that reason."""
+    """Whether its lane does it alone because of setbacks."""
 
     @property
     def done(self) -> bool:

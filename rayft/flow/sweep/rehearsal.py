@@ -1,7 +1,7 @@
-"""Which sweeps are rehearsed, and of which it is known that the compilers' caches have all already.
+"""Rehearse a sweep on this machine's GPU, unless the compilers' caches have its kernels already.
 
-What was rehearsed is marked in rayft's cache (`rayft cache list probes`), by all that compiling depends on.
-The mark counts as long as the compilers' caches have not become smaller.
+A file in rayft's cache (`rayft cache list probes`) marks what was rehearsed. Its name is a hash of everything
+that compiling depends on. It counts as long as the compilers' caches have not become smaller.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rayft.train.run import RunConfig
 __all__ = ["known", "mark", "mark_file", "refusal", "rehearse_sweep"]
 
 DEVICE = "cuda:0"
-"""The GPU, and the name that it has in a lane: Inductor's kernels are kept by it."""
+"""The GPU, by the name that lanes use: Inductor's cache distinguishes kernels by it."""
 MEMORY = 0.25
 """Largest share of a lane's memory that the rehearsal takes."""
 LARGEST = 0.5
@@ -86,7 +86,7 @@ def rehearse_sweep(
     # Imported here, because it imports DeepSpeed.
     from rayft.train.rehearsal import rehearse
 
-    # As a lane does, since kernels for CPUs would be kept by it.
+    # As a lane does: Inductor's cache distinguishes kernels for CPUs by it.
     torch.set_num_threads(run.scale.threads or 1)
     torch.cuda.set_per_process_memory_fraction(MEMORY * run.scale.gpu_share, DEVICE)
     rehearse(runs, slots, DEVICE, scratch)
@@ -113,7 +113,7 @@ def refusal(settings: PipelineConfig) -> str:
 
 
 def _is_exclusive() -> bool:
-    """Return whether only one process may use the GPU, or that is not known. It must be the lane then."""
+    """Return whether only one process, which must be the lane, may use the GPU; true if not known."""
     driver = ctypes.CDLL("libcuda.so.1")
     device, mode = ctypes.c_int(), ctypes.c_int()
     status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
