@@ -87,10 +87,7 @@ class Copies:
             DiskFullError: if there is no space for the copy.
             ResourceError: if the copy can't be written for another reason.
         """
-        check_folder(self._fetched, "fetched")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".copy-", dir=self._folder))
-        try:
+        with self.staging() as staging:
             self._copy(folder, staging)
             target = self._folder / f"{content}-{_digest(staging)}"
             if holds(target, content):
@@ -103,8 +100,6 @@ class Copies:
                     f"{target} can't be written; remove what is there, or set another folder (fetched)"
                 )
             return target
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def keep(self, folders: Collection[str]) -> list[str]:
         """Delete all copies except these, and return the names of the deleted ones."""
@@ -152,11 +147,11 @@ class Copies:
             raise ArtifactError(f"{self._folder / name} can't be read: {error.strerror}") from error
 
     @contextmanager
-    def receiving(self, size: int) -> Iterator[Path]:
-        """Yield an empty folder for the files of a copy; `put` then moves it into place.
+    def staging(self, size: int = 0) -> Iterator[Path]:
+        """Yield an empty folder for the files of a copy, which is deleted unless the block moves it.
 
         Args:
-            size: number of bytes that will be written.
+            size: number of bytes that will be written, 0 if that is not known.
 
         Raises:
             DiskFullError: if there is no space for them.
@@ -166,7 +161,7 @@ class Copies:
         try:
             with room_on(self._fetched, size):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                staging = Path(tempfile.mkdtemp(prefix=".receive-", dir=self._folder))
+                staging = Path(tempfile.mkdtemp(prefix=".copy-", dir=self._folder))
                 try:
                     yield staging
                 finally:

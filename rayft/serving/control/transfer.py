@@ -53,7 +53,7 @@ async def receive(deployed: Deployed, copies: Copies, director: Any) -> bool:
         return False
     await _answer(director.number.remote(), UP_SECONDS)
     sizes = await _answer(director.copy_sizes.remote(folder.name, deployed.content_hash), CALL_SECONDS)
-    with copies.receiving(sum(sizes.values())) as staging:
+    with copies.staging(sum(sizes.values())) as staging:
         for name, size in sizes.items():
             with (staging / name).open("wb") as file:
                 for offset in range(0, size, PART_BYTES):

@@ -40,6 +40,14 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
+def test_a_copy_that_can_not_be_made_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    source, content = save(tmp_path / "a")
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "fetched" / "served-one").touch()
+    with pytest.raises(ResourceError, match=r"served-one can't be written on .*or set another folder"):
+        Copies(tmp_path / "fetched", "one").take(source, content)
+
+
 def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> None:
     source, content = save(tmp_path / "a")
     save(source, "b")
@@ -92,7 +100,7 @@ def test_folders_of_killed_servers_are_deleted_after_a_day(tmp_path: Path) -> No
 def send(one: Copies, other: Copies, name: str, content: str, most: int = 1000) -> Path:
     """Send a copy to another node in parts, and return its folder there."""
     sizes = one.sizes(name, content)
-    with other.receiving(sum(sizes.values())) as staging:
+    with other.staging(sum(sizes.values())) as staging:
         for file, size in sizes.items():
             parts = [one.part(name, file, offset, most) for offset in range(0, size, most)]
             assert {len(part) for part in parts[:-1]} <= {most}
@@ -116,7 +124,7 @@ def test_a_received_copy_replaces_a_damaged_one(tmp_path: Path) -> None:
     there.drop([copy.name])
 
     def half() -> None:
-        with there.receiving(10) as staging:
+        with there.staging(10) as staging:
             (staging / WEIGHTS).write_bytes(b"half")
             raise ResourceError("the director is gone")
 
@@ -152,7 +160,7 @@ def test_nothing_remains_of_a_copy_for_which_the_disk_is_too_full(disk: Disk) ->
     disk.leave(4 * PAGE)
     with (
         pytest.raises(DiskFullError, match=str(disk.folder)),
-        copies.receiving(2**20) as staging,
+        copies.staging(2**20) as staging,
     ):
         (staging / WEIGHTS).write_bytes(b"0" * 2**20)
     assert list((disk.folder / "fetched" / "served-one").iterdir()) == []
