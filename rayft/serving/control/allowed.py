@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from rayft.errors import BadRequestError
 
@@ -24,7 +25,8 @@ def check_allowed(source: str, roots: Sequence[str]) -> None:
     if source.startswith("models:/"):
         return
     if "://" in source:
-        clean = source.split("://", 1)[1]
+        # Stores and servers decode `%2e%2e` to `..`, and `%2f` to a slash.
+        clean = unquote(source.split("://", 1)[1])
         inside = any(source.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
         if not inside or ".." in clean.split("/"):
             raise BadRequestError(f"{source} is below none of the server's roots", param="source")

@@ -32,7 +32,7 @@ def test_a_folder_below_a_root_may_be_loaded(folder: Path) -> None:
     [
         "{root}/../outside", "{root}/a/../../outside", "/etc", "{root}/link", "{root}/files", "a", "../a",
         "{root}/a\0", "s3://other/a", "s3://bucket/adapters/../secret", "s3://bucket/adapters-of-others/a",
-        "file:///etc", "{root}x",
+        "file:///etc", "{root}x", "s3://bucket/adapters/%2e%2e/secret", "s3://bucket/adapters/a/..%2F..%2fsecret",
     ],
 )  # fmt: skip
 def test_nothing_outside_the_roots_may_be_loaded(folder: Path, tmp_path: Path, source: str) -> None:
