@@ -24,6 +24,7 @@ def check_allowed(source: str, roots: Sequence[str]) -> None:
         raise BadRequestError("a source can't contain NUL", param="source")
     if source.startswith("models:/"):
         return
+    source, *roots = map(_path, (source, *roots))
     if "://" in source:
         # Stores and servers decode `%2e%2e` to `..`, and `%2f` to a slash.
         clean = unquote(source.split("://", 1)[1])
@@ -42,6 +43,11 @@ def check_allowed(source: str, roots: Sequence[str]) -> None:
     places = [_target(folder), *(_target(folder / name) for name in FILES)]
     if not all(any(place.is_relative_to(root) for root in allowed) for place in places):
         raise BadRequestError(f"{source} is below none of the server's roots", param="source")
+
+
+def _path(place: str) -> str:
+    """Return the path in a URL of the local disk, whose links are resolved too; any other place as it is."""
+    return place.removeprefix("file://").removeprefix("local://")
 
 
 def _target(path: Path) -> Path:

@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_below_a_root_may_be_loaded(folder: Path) -> None:
     check_allowed(str(folder), [str(folder.parent)])
+    check_allowed(f"file://{folder}", [f"file://{folder.parent}"])
     check_allowed("models:/a@b", [])
     check_allowed("s3://bucket/adapters/a", ["s3://bucket/adapters"])
 
@@ -32,7 +33,8 @@ def test_a_folder_below_a_root_may_be_loaded(folder: Path) -> None:
     [
         "{root}/../outside", "{root}/a/../../outside", "/etc", "{root}/link", "{root}/files", "a", "../a",
         "{root}/a\0", "s3://other/a", "s3://bucket/adapters/../secret", "s3://bucket/adapters-of-others/a",
-        "file:///etc", "{root}x", "s3://bucket/adapters/%2e%2e/secret", "s3://bucket/adapters/a/..%2F..%2fsecret",
+        "file:///etc", "file://{root}/link", "local://{root}/../outside", "file://{root}/files", "{root}x",
+        "s3://bucket/adapters/%2e%2e/secret", "s3://bucket/adapters/a/..%2F..%2fsecret",
     ],
 )  # fmt: skip
 def test_nothing_outside_the_roots_may_be_loaded(folder: Path, tmp_path: Path, source: str) -> None:
@@ -43,7 +45,9 @@ def test_nothing_outside_the_roots_may_be_loaded(folder: Path, tmp_path: Path, s
     for file in outside.iterdir():
         (root / "files" / file.name).symlink_to(file)
     with pytest.raises(BadRequestError):
-        check_allowed(source.format(root=root), [str(root), "s3://bucket/adapters"])
+        check_allowed(
+            source.format(root=root), [str(root), f"file://{root}", f"local://{root}", "s3://bucket/adapters"]
+        )
     with pytest.raises(BadRequestError):
         check_allowed(str(folder), [])
 
