@@ -191,15 +191,18 @@ class Replica:
             if time.monotonic() - touched >= TOUCH_SECONDS:
                 self._copies.touch()
                 touched = time.monotonic()
-            if time.monotonic() - tried >= RETRY_SECONDS:
-                await self._catalog.retry()
-                tried = time.monotonic()
-            self._metrics.lack(self._catalog.problems())
             try:
+                if time.monotonic() - tried >= RETRY_SECONDS:
+                    await self._catalog.retry()
+                    tried = time.monotonic()
+                self._metrics.lack(self._catalog.problems())
                 if await director.number.remote() != self._catalog.served.number:
                     await self.catch_up(await director.state.remote())
             except (RayftError, RayError, RayServeException) as error:
                 logger.warning("can't get what is to be served: %s", error)
+            except Exception:
+                # No error may end this loop.
+                logger.exception("can't get what is to be served")
 
     def check_health(self) -> None:
         """Let Ray Serve replace the replica if its engine has stopped.

@@ -7,6 +7,7 @@ Ray Train does: `lane_worker`, which Ray passes on, imports the lane only where 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 import time
@@ -23,6 +24,8 @@ from rayft.sweep.reasons import severity, why_ended
 from rayft.sweep.settings import Group, LaneSettings
 
 __all__ = ["Launcher", "lane_worker", "waiting_text"]
+
+logger = logging.getLogger(__name__)
 
 WAITING_SECONDS = 20.0
 """How long lanes may wait for a place in the cluster before the user is notified."""
@@ -98,17 +101,21 @@ class Launcher:
         noted = 0.0
         while True:
             time.sleep(WAITING_SECONDS / 4)
-            waiting, now = len(_waiting()), time.monotonic()
-            if not waiting:
-                if noted:
-                    broker.note.remote("all lanes have a place")
-                since, noted = None, 0.0
-                broker.check_starts.remote()
-                continue
-            since = since or now
-            if now - since >= WAITING_SECONDS and (not noted or now - noted >= REMIND_SECONDS):
-                noted = now
-                broker.note.remote(waiting_text(waiting, self._group, *_nodes()))
+            try:
+                waiting, now = len(_waiting()), time.monotonic()
+                if not waiting:
+                    if noted:
+                        broker.note.remote("all lanes have a place")
+                    since, noted = None, 0.0
+                    broker.check_starts.remote()
+                    continue
+                since = since or now
+                if now - since >= WAITING_SECONDS and (not noted or now - noted >= REMIND_SECONDS):
+                    broker.note.remote(waiting_text(waiting, self._group, *_nodes()))
+                    noted = now
+            except Exception:
+                # Ray's control store may not answer for a while, which Ray reports by errors of many kinds.
+                logger.warning("can't see which lanes wait for a place", exc_info=True)
 
     def _hold(self, settings: LaneSettings) -> None:
         while True:

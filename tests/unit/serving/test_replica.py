@@ -636,8 +636,14 @@ def test_a_replica_does_not_look_for_cycles_in_what_it_has_imported(
         gc.unfreeze()
 
 
-def test_a_replica_follows_the_director_again_after_it_could_not_be_deployed(
-    make_replica: Callable[..., Replica], adapter_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [DeploymentUnavailableError(DeploymentID("Director", "rayft")), ValueError("unforeseen")]
+)
+def test_a_replica_follows_the_director_again_after_an_error(
+    make_replica: Callable[..., Replica],
+    adapter_folders: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     asked = 0
 
@@ -645,7 +651,7 @@ def test_a_replica_follows_the_director_again_after_it_could_not_be_deployed(
         nonlocal asked
         asked += 1
         if asked == 1:
-            raise DeploymentUnavailableError(DeploymentID("Director", "rayft"))
+            raise error
         return 1
 
     async def state() -> Served:

@@ -80,6 +80,24 @@ def test_waiting_lanes_report_what_they_need_and_what_is_free() -> None:
     assert waiting_text(3, group, total, free).startswith("3 lanes wait ")
 
 
+def test_lanes_are_watched_after_ray_did_not_answer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: Iterator[list[object] | BaseException] = iter([RuntimeError("no answer"), [], SystemExit()])
+
+    def waiting() -> list[object]:
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(launcher, "WAITING_SECONDS", 0.04)
+    monkeypatch.setattr(launcher, "_waiting", waiting)
+    checked: list[str] = []
+    broker = SimpleNamespace(check_starts=SimpleNamespace(remote=lambda: checked.append("starts")))
+    with pytest.raises(SystemExit):
+        launcher.Launcher(Group(1, False, {}, "/runs"))._watch(broker)
+    assert checked == ["starts"]
+
+
 def test_a_search_continues_after_ray_killed_a_trials_process_for_memory() -> None:
     full = ray.exceptions.OutOfMemoryError(OUT_OF_MEMORY)
     sweep = SweepConfig(methods={"lora": MethodSpace()}, restarts=2)
