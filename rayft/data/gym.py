@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import threading
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ Params = Mapping[str, int | float | str | bool]
 
 DRAWS = 4
 """Most items drawn for each item wanted: enough to find 98% of a space of equally likely questions."""
+
+_GLOBAL = threading.Lock()
+"""Held by the thread that has seeded the global generators."""
 
 
 def draw_parts(
@@ -92,14 +96,16 @@ def build_task(name: str, params: Params, seed: int, size: int) -> Any:
         ResourceError: if reasoning-gym is not installed.
     """
     try:
-        from reasoning_gym.factory import DATASETS
+        # Waits for another thread that imports it; the table alone may be half filled then.
+        import reasoning_gym
     except ImportError as error:
         raise ResourceError(
             "source: reasoning_gym needs the package reasoning-gym: run `pip install 'rayft[demo]'`"
         ) from error
-    if name not in DATASETS:
-        raise DataError(f"reasoning-gym has no task '{name}'{nearest(name, DATASETS)}")
-    make, config = DATASETS[name]
+    tasks = reasoning_gym.factory.DATASETS
+    if name not in tasks:
+        raise DataError(f"reasoning-gym has no task '{name}'{nearest(name, tasks)}")
+    make, config = tasks[name]
     options = _options(name, config, params)
     try:
         # The tasks check their options with assert, and may raise any other error too.
@@ -146,11 +152,12 @@ def _too_small(name: str, sizes: Mapping[str, int], found: int, drawn: int) -> D
 @contextmanager
 def _global_random(seed: int) -> Iterator[None]:
     """Seed the global generators for a block, since some tasks draw from them, and restore them after it."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+    with _GLOBAL:
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -82,6 +85,45 @@ def test_reading_does_not_change_the_global_generators():
     np.random.seed(5)  # noqa: NPY002
     read(task("needle_haystack"))
     assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
+
+
+PACKAGE = """
+import dataclasses, time
+from reasoning_gym import factory
+
+@dataclasses.dataclass
+class Config:
+    seed: int
+    size: int
+
+time.sleep(1)
+factory.DATASETS["mine"] = (lambda config: "made"), Config
+"""
+"""Fills its table after other threads can see it, as the package itself does."""
+THREADS = """
+import threading, time
+from rayft.data.gym import build_task
+
+for _ in range(2):
+    threading.Thread(target=lambda: print(build_task("mine", {}, 0, 1))).start()
+    time.sleep(0.3)
+"""
+
+
+def test_two_threads_can_import_the_tasks(tmp_path):
+    folder = tmp_path / "reasoning_gym"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(PACKAGE)
+    (folder / "factory.py").write_text("DATASETS = {}\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["made", "made"], done.stderr
 
 
 @pytest.mark.parametrize(
