@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from rayft.tracking.view import EXPERIMENT_TAGS
 
 __all__ = [
     "SECONDS_TO_ANSWER",
+    "VARIABLES",
     "away",
     "check",
     "connect",
@@ -38,6 +40,18 @@ __all__ = [
 SECONDS_TO_ANSWER = 8
 """Time in which a server must answer before anything is started."""
 
+VARIABLES = {
+    # MLflow's defaults (7 retries, 120 s each) would hold a trial for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    # Progress bars and links for every trial would bury what a sweep prints.
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Environment variables that MLflow reads, unless the user has set them."""
+
+_MIGRATING = threading.Lock()
+"""Held by the thread that prepares a database, because Alembic keeps the one that it migrates in a global."""
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 _log = logging.getLogger(__name__)
@@ -57,7 +71,7 @@ def prepare(spec: TrackerSpec) -> TrackerSpec:
     _log.debug("preparing %s", redacted(spec.uri))
     check(spec)
     spec.spool.mkdir(parents=True, exist_ok=True)
-    with _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri), _quiet_import():
+    with _MIGRATING, _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri), _quiet_import():
         location, file = None, _sqlite(spec.uri)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,12 +114,8 @@ def connect(uri: str) -> MlflowClient:
         TrackingError: if the server or database does not answer, the file is missing or not a database, or
             the URI is not one of MLflow.
     """
-    # MLflow's defaults (7 retries, 120 s each) would hold a trial for minutes. Values of the user win.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    # Progress bars and links for every trial would bury what a sweep prints.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
     _checked(uri)
     with _errors(uri), _quiet_import():
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -121,7 +131,7 @@ def _impatient() -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +81,12 @@ def test_prepare_again_finds_the_same_experiment(spec: TrackerSpec) -> None:
 def revision(database: Path) -> list[tuple[str]]:
     with contextlib.closing(sqlite3.connect(database)) as connection:
         return connection.execute("SELECT version_num FROM alembic_version").fetchall()
+
+
+def test_threads_can_prepare_databases_at_the_same_time(tmp_path: Path) -> None:
+    specs = [tracker_spec(TrackingConfig(), tmp_path / name) for name in "abc"]
+    with ThreadPoolExecutor(3) as threads:
+        assert all(spec.experiment_id for spec in threads.map(prepare, specs))
 
 
 def test_prepare_migrates_an_old_database_and_keeps_a_copy(tmp_path: Path, databases: Path) -> None:
