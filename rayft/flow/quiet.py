@@ -90,6 +90,8 @@ LEVELS: Mapping[str, int] = {
     "mlflow.store.model_registry.abstract_store": logging.WARNING,
     # It logs errors with a traceback, besides raising them.
     "mlflow.store.db.utils": logging.CRITICAL,
+    # It logs the name of the unfinished file that it writes.
+    "gguf.gguf_writer": logging.WARNING,
     # It logs that a faster kernel is not installed, when PEFT imports bitsandbytes.
     "bitsandbytes.backends.cpu.ops": logging.ERROR,
 }

@@ -8,7 +8,7 @@ over them, `sampling` chooses the next tokens, and the engine delivers them.
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -71,7 +71,7 @@ class CpuEngine:
             raise BadRequestError(api.NO_SCHEMA, param="response_format")
         api.check_prompt(request.prompt, self._vocabulary)
         if request.seed is None:
-            request = replace(request, seed=random.getrandbits(63))
+            request = replace(request, seed=secrets.randbits(63))
         return self._generate(request)
 
     async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,6 +51,13 @@ def engine(loaded: LoadedModel, adapter_folders: dict[str, str]) -> Iterator[Cpu
     load_all(made, adapter_folders)
     yield made
     made.stop()
+
+
+def test_sampling_leaves_the_generators_of_the_program_alone(engine: CpuEngine, tiny_tokenizer: Any) -> None:
+    before = random.getstate(), torch.get_rng_state()
+    ask_all(engine, [GenerationRequest(tokens_of(tiny_tokenizer, "hello"), 4, temperature=1.0)])
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_prompts_are_scored_as_by_a_plain_forward(
