@@ -30,7 +30,7 @@ Direction = Mapping[str, torch.Tensor | LoraFactors]
 """Module path → D (O × I), dense or in factors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """The plane through the end of a path of adapters that most of the path lies in."""
 

@@ -42,16 +42,19 @@ THREADS = 4
 cores, it waited so long for the lock that answers were late."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterArtifact:
-    """An adapter: the factors of each module, the trained head if there is one, and its origin."""
+    """An adapter: the factors of each module, the trained head if there is one, and its origin.
 
-    modules: Mapping[str, LoraFactors]
+    Two objects are equal only if they are the same; `content_hash` compares their content.
+    """
+
+    modules: Mapping[str, LoraFactors] = field(repr=False)
     """Module path in the base model → factors."""
-    heads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    heads: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     """Parameters that were trained whole (a classification head): parameter path → value."""
     meta: ArtifactMeta = field(default_factory=ArtifactMeta)
-    settings: LoraSettings | None = field(default=None, compare=False, repr=False)
+    settings: LoraSettings | None = field(default=None, repr=False)
     """The configuration that it was read with; None if it was not read from a folder."""
 
     @property

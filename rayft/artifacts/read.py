@@ -103,7 +103,7 @@ def _tensors(
         first, end = entry["data_offsets"]
         if first != place or end > size:
             raise ValueError(f"{name} does not follow the tensor before it")
-        memory = torch.empty(end - first, dtype=torch.uint8)
+        memory = torch.empty(end - first, dtype=torch.uint8, device="cpu")
         target: Any = memory.numpy()
         if file.readinto(target) != len(memory):
             raise ValueError(f"{name} is cut off")

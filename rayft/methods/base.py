@@ -53,11 +53,12 @@ class LayerShape:
     inputs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraFactors:
     """ΔW = scale·B·A in factors: `b` (O × R), `a` (R × I).
 
-    Where A only selects inputs, `columns` holds their indices (R) and `a` is that selector as a matrix.
+    Where A only selects inputs, `columns` holds their indices (R) and `a` is that selector as a matrix. Two
+    objects are equal only if they are the same.
     """
 
     a: torch.Tensor

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,13 @@ from rayft.errors import ArtifactError, BaseMismatchError
 __all__ = ["Artifact", "PeftFolder", "load_adapter"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PeftFolder:
     """An adapter in PEFT's own format."""
 
     config: Mapping[str, Any]
     """The content of `adapter_config.json`."""
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
     """The content of `adapter_model.safetensors`: name → value."""
     meta: ArtifactMeta
 

@@ -38,7 +38,7 @@ STACK_BYTES = 2**28
 """Bytes of factors in float64 that are decomposed on a GPU at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FactoredSVD:
     """ΔW = u·diag(s)·vᵀ: u (O × K), s (K) falling, v (I × K), K = min(R, O, I); float64."""
 
