@@ -2,7 +2,7 @@
 
 `import rayft` offers everything here. Each function checks its input like the command of its name, raises
 `rayft.errors.RayftError` with what to do, and continues what an earlier call with the same output folder has
-begun.
+begun. An argument of a wrong type is a `ConfigError`, too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate as evaluate_targets
 from rayft.flow.export.run import Exported, export_adapter
+from rayft.flow.guest import alone, checked, left_as_found
 from rayft.flow.init import find_data, write_configuration
 from rayft.flow.options import check_overrides
-from rayft.flow.quiet import known_lines_hidden
 from rayft.flow.scoring import Measured
 from rayft.flow.settings import Settings, schema, settings
 from rayft.flow.squeeze.request import squeeze_request
@@ -78,7 +78,7 @@ __all__ = [
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
-export = known_lines_hidden()(export_adapter)
+export = checked(left_as_found()(export_adapter))
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,15 @@ class Squeezed:
     """The smallest result that keeps the score, if `keep_score` was given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """An adapter in memory."""
+    """An adapter in memory. `artifact.content_hash` compares two by their content."""
 
-    artifact: AdapterArtifact = field(repr=False)
+    artifact: AdapterArtifact
     """Its factors, module by module."""
+
+    def __repr__(self) -> str:
+        return f"Adapter(rank={self.rank}, base={self.base!r}, method={self.method!r})"
 
     @property
     def rank(self) -> int:
@@ -168,11 +171,13 @@ class Adapter:
         """Count of its numbers."""
         return self.artifact.parameters
 
+    @checked
     def at(self, rank: int) -> Adapter:
         """Return the adapter at another of its `ranks`, as a view of the same numbers.
 
         Raises:
             SqueezeError: if it can't be used at that rank.
+            ConfigError: if the rank is no whole number.
         """
         if rank == self.rank:
             return self
@@ -181,6 +186,7 @@ class Adapter:
             raise SqueezeError(f"rank {rank} is above the adapter's own; ask for 1 to {self.rank}")
         return replace(self, artifact=self.artifact.at_rank(rank))
 
+    @checked
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write it as a folder that PEFT loads, whole or not at all, and return the folder.
 
@@ -190,7 +196,7 @@ class Adapter:
         """
         return self.artifact.save(read_path(Path(folder), "folder"))
 
-    @known_lines_hidden()
+    @left_as_found()
     def peft_model(self, model: PreTrainedModel | None = None) -> PeftModel:
         """Return PEFT's model: a base with this adapter.
 
@@ -199,16 +205,24 @@ class Adapter:
                 in float32 on the CPU.
 
         Raises:
-            ModelError: if the base is not named or can't be loaded.
+            ModelError: if the base is not named, can't be loaded, or holds adapters already.
             BaseMismatchError: if the base lacks a layer of the adapter.
         """
         import torch
         import transformers
         from peft import PeftModel
 
-        from rayft.models.targets import linear_shapes
+        from rayft.models.targets import check_bare, linear_shapes
 
-        with without_bars(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        if model is not None:
+            check_bare(model)
+        # PEFT draws factors, which the adapter's then replace.
+        with (
+            without_bars(),
+            warnings.catch_warnings(),
+            torch.random.fork_rng([]),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             # PEFT asks a model of transformers for it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             if model is None:
@@ -229,7 +243,8 @@ Config = str | PathLike[str] | Mapping[str, Any] | TrainConfig
 """A file or the name of a packaged configuration, its content as a mapping, or a configuration object."""
 
 
-@known_lines_hidden()
+@checked
+@left_as_found()
 def init(
     data: str | PathLike[str] | None = None,
     *,
@@ -257,6 +272,7 @@ def init(
     return file
 
 
+@checked
 def config(config: Config = "demo", *, overrides: Sequence[str] = ()) -> Settings:
     """Return the settings in force, and where each comes from, as `rayft config` shows them.
 
@@ -270,7 +286,9 @@ def config(config: Config = "demo", *, overrides: Sequence[str] = ()) -> Setting
     return settings(config, overrides)
 
 
-@known_lines_hidden()
+@checked
+@alone()
+@left_as_found()
 def train(
     config: Config,
     *,
@@ -299,7 +317,9 @@ def train(
     )
 
 
-@known_lines_hidden()
+@checked
+@alone()
+@left_as_found()
 def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False) -> Sweep:
     """Run a sweep, or continue it, as `rayft sweep` does: search, score, squeeze, register and report.
 
@@ -320,7 +340,9 @@ def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False)
     return _sweep(record, settings.folder)
 
 
-@known_lines_hidden()
+@checked
+@alone()
+@left_as_found()
 def squeeze(
     path: str | PathLike[str],
     ranks: Sequence[int] = (),
@@ -388,7 +410,8 @@ def squeeze(
     )
 
 
-@known_lines_hidden()
+@checked
+@left_as_found()
 def evaluate(
     target: str | PathLike[str],
     against: str | PathLike[str] | None = None,
@@ -457,7 +480,8 @@ def evaluate(
     return evaluate_targets(request, _display(quiet).say)
 
 
-@known_lines_hidden()
+@checked
+@left_as_found()
 def chat(
     model: str | PathLike[str],
     against: str | PathLike[str] | None = None,
@@ -494,7 +518,8 @@ def chat(
         return Conversation(models, options, system, stack.pop_all().close)
 
 
-@known_lines_hidden()
+@checked
+@left_as_found()
 def load(path: str | PathLike[str], *, uri: str | None = None) -> Adapter:
     """Load an adapter: any LoRA that PEFT loads, or what an output folder of `train` or `sweep` holds.
 
@@ -504,6 +529,7 @@ def load(path: str | PathLike[str], *, uri: str | None = None) -> Adapter:
 
     Raises:
         ArtifactError: if it can't be read, naming the file and what to do.
+        ConfigError: if the path can't be one, or `uri` is given and is not used.
         RegistryError: if there is no such registered adapter.
         SqueezeError: if it does not have the rank.
     """

@@ -47,13 +47,16 @@ def find_address() -> tuple[str, bool]:
 
 
 class Own:
-    """Whether this process has started a Ray cluster for itself, on this machine.
+    """How this process has come to a Ray cluster, unless the program that it runs has joined it.
 
     Attributes:
-        started: set before Ray starts, and unset when it has ended.
+        started: whether it has started one for itself, on this machine; set before Ray starts, and unset when
+            it has ended.
+        joined: whether it has joined one that was there.
     """
 
     started = False
+    joined = False
 
 
 own = Own()

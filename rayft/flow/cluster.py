@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound="TrainConfig")
 
 __all__ = [
+    "VARIABLES",
     "check_fit",
     "check_temporary",
     "check_tracking",
@@ -61,6 +62,18 @@ ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
 }
 """How Ray and Ray Train work on a cluster that a command starts, unless the user has set it."""
+FOR_WORKERS = {
+    # Idle OpenMP threads of one process would spin on the cores that another process needs: with two
+    # processes on two cores, a step took minutes instead of a second and a half.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What the processes of any cluster inherit, unless the user has set it."""
+OF_LIBRARIES = ("PYTHONUTF8", "PYTHONBREAKPOINT", "RAY_USAGE_STATS_ENABLED")
+"""Variables that are set whatever the user has set, the last two of them by Ray."""
+VARIABLES = (*FOR_WORKERS, *ENVIRONMENT, *OF_LIBRARIES)
+"""All environment variables that joining or starting a cluster sets."""
 RAY_DIED = (
     "process {} of Ray has ended, which the cluster on this machine needs: it was killed, or the machine ran "
     "out of memory. Run the same command again: it continues from what is saved"
@@ -97,12 +110,13 @@ def join() -> bool:
         return False
     _settle_environment()
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="rayft",
-        )
+        with interrupts.renewed():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="rayft",
+            )
     # Ray has no common error for what can be wrong with a cluster that answers: other versions, a machine
     # that is not one of its nodes, an unknown token.
     except Exception as error:
@@ -113,8 +127,7 @@ def join() -> bool:
             ) from error
         check_temporary()
         return False
-    finally:
-        interrupts.renew()
+    own.joined = True
     return True
 
 
@@ -176,11 +189,8 @@ def has_gpus() -> bool | None:
 
 
 def _settle_environment() -> None:
-    # Idle OpenMP threads of one process would spin on the cores that another process needs: with two
-    # processes on two cores, a step took minutes instead of a second and a half.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in FOR_WORKERS.items():
+        os.environ.setdefault(name, value)
     # Packages read their own files in the locale's encoding. Those of DeepSpeed are UTF-8 and fail in ASCII.
     os.environ["PYTHONUTF8"] = "1"
     if interrupts.installed:
@@ -219,15 +229,16 @@ def start_cluster(cpus: int) -> None:
     own.started = True
     try:
         _settle_token()
-        ray.init(
-            # Otherwise Ray would look for the address of a cluster that does not answer.
-            address="local",
-            num_cpus=max(len(os.sched_getaffinity(0)), cpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="rayft",
-        )
+        with interrupts.renewed():
+            ray.init(
+                # Otherwise Ray would look for the address of a cluster that does not answer.
+                address="local",
+                num_cpus=max(len(os.sched_getaffinity(0)), cpus),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="rayft",
+            )
     # Ray raises a bare Exception if its processes don't start in time.
     except Exception as error:
         if disk_full(error):
@@ -235,14 +246,12 @@ def start_cluster(cpus: int) -> None:
         raise ResourceError(
             f"Ray can't be started on this machine ({error}); `rayft doctor` shows what is missing"
         ) from error
-    finally:
-        interrupts.renew()
 
 
 def stop_cluster() -> None:
     """Leave the cluster, and end it if this process has started it."""
     ray.shutdown()
-    own.started = False
+    own.started = own.joined = False
 
 
 def _alive(process: psutil.Process) -> bool:

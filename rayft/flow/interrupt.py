@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from rich.text import Text
@@ -47,10 +48,20 @@ class Interrupts:
             for number in SIGNALS:
                 signal.signal(number, self._handle)
 
-    def renew(self) -> None:
-        """Handle SIGTERM again after Ray has replaced the handler, if signals are handled here."""
-        if self.installed:
-            self.install()
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Handle SIGTERM as before after a block that starts Ray, which replaces the handler.
+
+        Ray's handler stays where neither a command nor the user's program handles the signal.
+        """
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            if self.installed:
+                self.install()
+            elif callable(before) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
 
     def forget(self) -> None:
         """Reset the state, for a process that goes on after an interrupted command."""

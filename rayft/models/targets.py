@@ -7,13 +7,14 @@ import re
 from torch import nn
 
 from rayft.config import nearest
-from rayft.errors import TargetError
+from rayft.errors import ModelError, TargetError
 from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig, is_quantised
 from rayft.models.methods import check_settings, method
 from rayft.peft.layers import put_aside
 
 __all__ = [
     "check",
+    "check_bare",
     "check_pattern",
     "heads",
     "is_transposed",
@@ -44,6 +45,25 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     Where PEFT's layers are in the model, the sizes are those of the layers that they replace.
     """
     return {name: _shape(layer) for name, layer in (put_aside(model) or linears(model)).items()}
+
+
+def check_bare(model: object) -> None:
+    """Refuse what is no model without adapters.
+
+    Raises:
+        ModelError: saying what it is instead.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"`model` is a {type(model).__name__}: pass a loaded model of transformers")
+    kinds = (PeftModel, BaseTunerLayer, AdapterLinear)
+    if any(isinstance(module, kinds) for module in model.modules()):
+        raise ModelError(
+            "`model` holds layers of an adapter already: pass a base that was just loaded, or what "
+            "`PeftModel.unload()` returns"
+        )
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:

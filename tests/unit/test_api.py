@@ -22,6 +22,7 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, ConfigError, ModelError, SqueezeError
 from rayft.flow.config import PipelineConfig, TrainConfig
 from rayft.methods.base import LoraFactors
+from rayft.models.inject import wrap
 from rayft.squeeze.rank import squeeze
 
 HEAVY = (
@@ -244,3 +245,51 @@ def test_a_configuration_is_written_where_it_was_asked_for(
     assert rayft.config("mine.yaml").values["data"]["name"] == str(tmp_path / "sums.jsonl")
     with pytest.raises(ConfigError, match=r"my\.yaml exists"):
         rayft.init(tmp_path / "sums.jsonl", model="tiny-llama")
+
+
+def test_adapters_are_compared_by_identity(adapter: AdapterArtifact, tmp_path: Path) -> None:
+    one, other = (rayft.load(adapter.save(tmp_path / "mine")) for _ in range(2))
+    assert one == one  # noqa: PLR0124
+    assert one != other
+    assert other not in [one]
+    assert len({one, other, one.artifact, other.artifact}) == 4
+    assert adapter.modules["q"] != LoraFactors(torch.ones(4, 6), torch.ones(5, 4), 2.0)
+    assert repr(one) == "Adapter(rank=4, base='', method='lora')"
+    assert "tensor" not in repr(one.artifact)
+
+
+def test_an_adapter_is_read_whatever_the_default_device_is(adapter: AdapterArtifact, tmp_path: Path) -> None:
+    folder = adapter.save(tmp_path / "mine")
+    with torch.device("meta"):
+        assert AdapterArtifact.load(folder).content_hash == adapter.content_hash
+        assert rayft.load(folder).artifact.content_hash == adapter.content_hash
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> rayft.Adapter:
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 32, generator=draw), torch.randn(32, 2, generator=draw)
+    meta = ArtifactMeta(method="lora", base_model="tiny-llama")
+    name = "model.layers.0.self_attn.q_proj"
+    return rayft.load(AdapterArtifact({name: LoraFactors(a, b, 2.0)}, meta=meta).save(tmp_path / "trained"))
+
+
+def test_a_model_of_peft_is_made_without_drawing_from_the_generator(trained: rayft.Adapter) -> None:
+    before = torch.get_rng_state()
+    trained.peft_model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_holds_an_adapter_is_refused(trained: rayft.Adapter) -> None:
+    made = trained.peft_model()
+    for model in (made, made.get_base_model()):
+        with pytest.raises(ModelError, match="holds layers of an adapter already"):
+            trained.peft_model(model)
+    base: Any = made.unload()
+    assert trained.peft_model(base).peft_config
+    plain: Any = trained.at(2).peft_model().unload()
+    wrap(plain)
+    with pytest.raises(ModelError, match="holds layers of an adapter already"):
+        trained.peft_model(plain)
+    with pytest.raises(ModelError, match="`model` is a str"):
+        trained.peft_model("tiny-llama")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.unit.flow.ray_head import closed, head_node, silent
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(address.own, "joined", False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # Short enough for Ray's sockets, which pytest's own folders are not always.
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
@@ -59,6 +61,30 @@ def test_the_address_of_a_running_cluster_is_taken(
         monkeypatch.setenv("RAY_ADDRESS", named)
         assert cluster.join() is True
         assert joined == [left, named]
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_program_keeps_its_handler_of_sigterm(
+    joins: bool, own: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def mine(*_: object) -> None: ...
+
+    def of_ray(*_: object) -> None: ...
+
+    monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, of_ray))
+    before = signal.signal(signal.SIGTERM, mine if own else signal.SIG_DFL)
+    try:
+        with head_node() if joins else nullcontext("") as there:
+            (tmp_path / "current").write_text(there, encoding="utf-8")
+            assert cluster.join() is joins
+            assert address.own.joined is joins
+            if not joins:
+                monkeypatch.setattr(address.own, "started", False)
+                cluster.start_cluster(1)
+        assert signal.getsignal(signal.SIGTERM) is (mine if own else of_ray)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("listens", [closed, silent])
