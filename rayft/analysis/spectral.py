@@ -78,10 +78,12 @@ def energy_rank(singular_values: torch.Tensor, share: float) -> int:
     """Return the smallest rank that retains a share (0 < share ≤ 1) of ΣS²; 0 if all are 0.
 
     Raises:
+        ArtifactError: if a value is NaN or Inf.
         ReportError: if the share is out of its range.
     """
     if not 0 < share <= 1:
         raise ReportError(f"share {share} is not in (0, 1]; 0.95 asks for 95% of the energy")
+    check_finite(singular_values)
     s = singular_values.double().sort(descending=True).values
     # Divided by the largest value first, since the squares of an update of 1e-200 would be 0.
     return rank_for_energy((s / s[0]).tolist(), share) if s.any() else 0
@@ -98,6 +100,7 @@ def spectral_summary(
         shares: of the energy, whose ranks are wanted.
 
     Raises:
+        ArtifactError: if a value is NaN or Inf.
         ReportError: if a share is not in (0, 1].
     """
     s = singular_values.double()
@@ -106,7 +109,7 @@ def spectral_summary(
         effective_rank=effective_rank(s),
         stable_rank=stable_rank(s),
         energy_ranks={share: energy_rank(s, share) for share in shares},
-        spectral=float(s.max()),
+        spectral=float(s.max()) if len(s) else 0.0,
         frobenius=float(s.norm()),
         nuclear=float(s.sum()),
     )
@@ -161,8 +164,10 @@ def principal_angles(
     Raises:
         BaseMismatchError: if the updates differ in size on that side.
         ArtifactError: if a factor holds NaN or Inf.
-        ReportError: if top is below 1.
+        ReportError: if top is below 1, or there is no such side.
     """
+    if side not in ("output", "input"):
+        raise ReportError(f"side is {side!r}; write 'output' or 'input'")
     if top is not None and top < 1:
         raise ReportError(f"top is {top}; compare at least 1 direction")
     spans = [_directions(factors, side, top) for factors in (first, second)]
@@ -204,7 +209,7 @@ def _directions(factors: LoraFactors, side: Literal["output", "input"], top: int
 
 def numerical_rank(s: torch.Tensor, length: int) -> int:
     """Count the singular values (K) that are larger than the rounding error of sums over `length` terms."""
-    return int((s > tolerance(s.dtype, length) * s.max()).sum())
+    return int((s > tolerance(s.dtype, length) * s.max()).sum()) if len(s) else 0
 
 
 def check_finite(*tensors: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ from rayft.artifacts.meta import (
     ModuleShapes,
     stored_revision,
 )
-from rayft.artifacts.read import assemble, check_selector, check_spectrum, read_meta, read_weights
+from rayft.artifacts.read import FLOATS, assemble, check_selector, check_spectrum, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
 from rayft.methods.base import LoraFactors
 
@@ -148,14 +148,15 @@ class AdapterArtifact:
         """Write the folder, whole or not at all; an adapter folder that rayft wrote is replaced.
 
         Raises:
-            ArtifactError: if it has no modules, a factor or head holds NaN or Inf, or `folder` is
-                anything but an adapter folder that rayft wrote.
+            ArtifactError: if it has no modules, a factor or head holds NaN or Inf, or is no dense tensor of a
+                type that adapters are computed with, factors don't fit together, or `folder` is anything but
+                an adapter folder that rayft wrote.
             DiskFullError: if there is no space.
         """
         folder = Path(folder)
         if not self.modules:
             raise ArtifactError("an adapter with no modules can't be saved; was one put into the model?")
-        self._check_finite("", "nothing was written")
+        self.check("nothing was written")
         write_whole(folder, self._write, self.bytes)
         return folder
 
@@ -191,6 +192,33 @@ class AdapterArtifact:
         columns = {name: factors.columns for name, factors in self.modules.items() if factors.columns}
         meta = self.meta.model_copy(update={"columns": columns})
         (folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def check(self, consequence: str) -> None:
+        """Refuse tensors that make no adapter, as `load` refuses them in a file.
+
+        Args:
+            consequence: what NaN or Inf lead to, for the message.
+
+        Raises:
+            ArtifactError: naming the module or tensor.
+        """
+        for name, tensor in self._tensors().items():
+            if tensor.dtype not in FLOATS.values() or tensor.layout != torch.strided or tensor.is_meta:
+                raise ArtifactError(
+                    f"{name.removeprefix(PREFIX)} is a {tensor.layout} of {tensor.dtype} on {tensor.device}; "
+                    "adapters are computed with dense tensors of float64, float32, float16 or bfloat16 that "
+                    "have values: convert it"
+                )
+        for name, factors in self.modules.items():
+            a, b = tuple(factors.a.shape), tuple(factors.b.shape)
+            if not (len(a) == len(b) == 2 and a[0] == b[1] and all((*a, *b))):
+                raise ArtifactError(
+                    f"{name} has A {a} and B {b}; A has to be (R, inputs) and B (outputs, R), with R of 1 or "
+                    "more"
+                )
+            if not math.isfinite(factors.scale):
+                raise ArtifactError(f"{name} has the scale {factors.scale}; write a finite one")
+        self._check_finite("", consequence)
 
     def _check_finite(self, where: str, consequence: str) -> None:
         for name, tensor in self._tensors().items():
@@ -279,6 +307,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 def _alpha(scale: float, rank: int) -> float:
     """Return α with α / rank = scale, to the last bit if there is such an α."""
+    scale = float(scale)  # of NumPy, which JSON does not know
     alpha = scale * rank
     nearby = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((a for a in nearby if a / rank == scale), alpha)

@@ -108,6 +108,8 @@ def _tensors(
         if file.readinto(target) != len(memory):
             raise ValueError(f"{name} is cut off")
         found[name] = memory.view(kinds[entry["dtype"]]).view(entry["shape"])
+        if [*found[name].shape] != entry["shape"]:
+            raise ValueError(f"{name} has the shape {entry['shape']}")
         place = end
     if place != size:
         raise ValueError(f"it has {size} bytes behind its header, and its tensors {place}")

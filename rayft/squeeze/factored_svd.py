@@ -55,8 +55,8 @@ def factored_svd(factors: LoraFactors) -> FactoredSVD:
 def factored_svds(many: Sequence[LoraFactors]) -> list[FactoredSVD]:
     """Decompose factors of one shape and on one device as a stack (M × O × R and M × R × I)."""
     scales = torch.tensor([factors.scale for factors in many], dtype=torch.float64, device=many[0].b.device)
-    q_b, r_b = thin_qr(torch.stack([factors.b for factors in many]).double())
-    q_a, r_a = thin_qr(torch.stack([factors.a for factors in many]).double().mT)
+    q_b, r_b = thin_qr(torch.stack([factors.b.detach() for factors in many]).double())
+    q_a, r_a = thin_qr(torch.stack([factors.a.detach() for factors in many]).double().mT)
     core = scales[:, None, None] * (r_b @ r_a.mT)
     u, s, vt = (part.to(q_b.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
     return [FactoredSVD(*parts) for parts in zip(q_b @ u, s, q_a @ vt.mT, strict=True)]

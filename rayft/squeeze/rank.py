@@ -47,6 +47,7 @@ def squeeze(
 
     Raises:
         SqueezeError: if more than one target is given, or the target can't be met.
+        ArtifactError: if factors hold NaN or Inf, or make no adapter (`AdapterArtifact.check`).
     """
     _check_request(artifact, rank, energy, budget)
     full = artifact if artifact.squeezed else _sorted(artifact, device, progress)
@@ -103,6 +104,7 @@ def at_ranks(artifact: AdapterArtifact, ranks: Mapping[str, int]) -> AdapterArti
 def _sorted(
     artifact: AdapterArtifact, device: str | torch.device | None, progress: Progress | None
 ) -> AdapterArtifact:
+    artifact.check("it can't be squeezed")
     modules: dict[str, LoraFactors] = {}
     spectra: dict[str, tuple[float, ...]] = {}
     for names in stacks(artifact.modules, device):

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rayft.analysis.spectral import summaries
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
 from rayft.artifacts import adapter as adapter_module
 from rayft.artifacts import folder as folder_module
@@ -467,3 +469,56 @@ def test_the_revision_of_the_base_is_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "first" / "adapter_config.json").read_text())["revision"] == "abc"
     AdapterArtifact(modules=read.modules, meta=read.meta).save(tmp_path / "second")
     assert AdapterArtifact.load(tmp_path / "second").revision == "abc"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "scale", "message"),
+    [
+        (torch.ones(3, 6, dtype=torch.int32), torch.ones(5, 3), 2.0, r"lora_A.weight is a .* of torch.int32"),
+        (torch.ones(3, 6).to(torch.float8_e4m3fn), torch.ones(5, 3), 2.0, "float8_e4m3fn"),
+        (torch.ones(3, 6), torch.ones(5, 3, dtype=torch.complex64), 2.0, r"lora_B.weight is a .*complex64"),
+        (torch.ones(3, 6, device="meta"), torch.ones(5, 3), 2.0, "on meta"),
+        (torch.ones(3, 6).to_sparse(), torch.ones(5, 3), 2.0, "torch.sparse_coo"),
+        (torch.ones(3, 6), torch.ones(5, 4), 2.0, r"m has A \(3, 6\) and B \(5, 4\)"),
+        (torch.ones(0, 6), torch.ones(5, 0), 2.0, "with R of 1 or more"),
+        (torch.ones(6), torch.ones(5), 2.0, r"m has A \(6,\)"),
+        (torch.ones(3, 6), torch.ones(5, 3), math.nan, "has the scale nan"),
+        (torch.ones(3, 6) * math.inf, torch.ones(5, 3), 2.0, "holds NaN or Inf"),
+    ],
+)
+def test_tensors_that_make_no_adapter_are_neither_saved_nor_squeezed(
+    a: torch.Tensor, b: torch.Tensor, scale: float, message: str, tmp_path: Path
+) -> None:
+    artifact = AdapterArtifact({"m": LoraFactors(a, b, scale)})
+    with pytest.raises(ArtifactError, match=message):
+        artifact.save(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    with pytest.raises(ArtifactError, match=message):
+        squeeze(artifact)
+
+
+@pytest.mark.parametrize("scale", [np.float32(2), torch.tensor(2.0), 2])
+def test_a_scale_may_be_any_number(scale: Any, tmp_path: Path) -> None:
+    artifact = AdapterArtifact({"m": LoraFactors(torch.ones(3, 6), torch.ones(5, 3), scale)})
+    loaded = AdapterArtifact.load(artifact.save(tmp_path / "mine"))
+    assert loaded.modules["m"].scale == 2
+    assert loaded.content_hash == artifact.content_hash
+
+
+@pytest.mark.filterwarnings("error")
+def test_factors_that_require_gradients_are_summarised_and_squeezed_without() -> None:
+    a, b = torch.ones(3, 6, requires_grad=True), torch.ones(5, 3, requires_grad=True)
+    artifact = AdapterArtifact({"m": LoraFactors(a, b, 2.0)})
+    assert summaries(artifact)["m"].rank == 1
+    assert not squeeze(artifact).modules["m"].a.requires_grad
+
+
+def test_a_header_with_a_shape_that_torch_would_fill_in_is_damaged(tmp_path: Path) -> None:
+    artifact = AdapterArtifact({"m": LoraFactors(torch.ones(3, 6), torch.ones(5, 3), 2.0)})
+    file = artifact.save(tmp_path / "mine") / WEIGHTS
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].replace(b"[3,6]", b"[-1,6]")
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        AdapterArtifact.load(tmp_path / "mine")

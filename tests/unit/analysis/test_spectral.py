@@ -11,6 +11,7 @@ from rayft.analysis.spectral import (
     SpectralSummary,
     effective_rank,
     energy_rank,
+    numerical_rank,
     principal_angles,
     spectral_summary,
     stable_rank,
@@ -191,3 +192,22 @@ def test_angles_between_different_layers_are_refused() -> None:
     assert principal_angles(first, second, "input").shape == (2,)
     with pytest.raises(ReportError, match="top is 0"):
         principal_angles(first, second, "input", 0)
+
+
+def test_an_empty_spectrum_has_rank_zero() -> None:
+    empty = torch.zeros(0)
+    assert numerical_rank(empty, 5) == energy_rank(empty, 0.9) == 0
+    assert spectral_summary(empty, 5).spectral == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_have_no_energy_rank(value: float) -> None:
+    for rank in (lambda s: energy_rank(s, 0.9), lambda s: spectral_summary(s, 5)):
+        with pytest.raises(ArtifactError, match="holds NaN or Inf"):
+            rank(torch.tensor([1.0, value]))
+
+
+def test_a_side_that_does_not_exist_is_refused() -> None:
+    factors = LoraFactors(torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    with pytest.raises(ReportError, match="side is 'rows'"):
+        principal_angles(factors, factors, "rows")  # type: ignore[arg-type]
