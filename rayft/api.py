@@ -79,6 +79,8 @@ __all__ = [
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 export = checked(left_as_found()(export_adapter))
+# It is pickled by this name.
+export.__module__, export.__qualname__, export.__name__ = __name__, "export", "export"
 
 
 @dataclass(frozen=True)
@@ -403,7 +405,7 @@ def squeeze(
         found = squeeze_folder(request, _console(quiet))
     labels = {found.source.name: "source", **{item.name: item.folder.name for item in found.made}}
     return Squeezed(
-        place,
+        place.absolute(),
         {item.folder.name: item.folder for item in found.made},
         {labels[name]: _means(scores) for name, scores in found.scores.items() if name in labels},
         found.chosen.folder if found.chosen else None,

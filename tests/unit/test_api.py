@@ -114,9 +114,11 @@ def test_results_are_frozen_and_each_attribute_is_documented() -> None:
             assert after.lstrip().startswith('"""'), f"{kind.__name__}.{name} has no docstring"
 
 
-def test_a_callable_package_can_be_sent_to_other_processes() -> None:
-    assert pickle.loads(pickle.dumps(rayft.sweep)) is rayft.sweep  # noqa: S301
-    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(rayft.sweep)) is rayft.sweep
+@pytest.mark.parametrize("name", sorted({*rayft.__all__} - {"__version__"}))
+def test_all_names_can_be_sent_to_other_processes(name: str) -> None:
+    public = getattr(rayft, name)
+    assert pickle.loads(pickle.dumps(public)) is public  # noqa: S301
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(public)) is public
 
 
 def test_a_module_is_a_function_too() -> None:
@@ -202,6 +204,9 @@ def test_the_folder_in_which_one_is_can_be_squeezed(
     monkeypatch.chdir(folder)
     found = rayft.squeeze(path, ranks=[2], quiet=True)
     assert found.folder == tmp_path / "mine-squeezed"
+    named = rayft.squeeze(path, ranks=[2], out="../other", quiet=True)
+    assert named.folder.is_absolute()
+    assert [made.parent for made in named.adapters.values()] == [named.folder]
     assert [rayft.load(made).rank for made in found.adapters.values()] == [2]
 
 

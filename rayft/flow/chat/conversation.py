@@ -126,11 +126,13 @@ class Conversation:
         the answers stop, and are kept as far as they came.
 
         Raises:
-            ConfigError: if the question is empty, or the conversation is closed.
+            ConfigError: if the question is empty or no text, or the conversation is closed.
             RayftError: during the iteration, if a model can't answer. All models then forget the question.
         """
         if not self._closing.alive:
             raise ConfigError("this conversation is closed; begin another one")
+        if not isinstance(question, str):
+            raise ConfigError(f"the question must be str, not {question!r}")
         if not question.strip():
             raise ConfigError("the question is empty; write something to answer")
         self.stop()

@@ -78,6 +78,8 @@ def test_an_error_is_raised_and_all_forget_its_question() -> None:
         assert chat.answers("a") == ("so a[/red]", "so a[/red]")
         with pytest.raises(ConfigError, match="the question is empty"):
             chat.ask(" \n")
+        with pytest.raises(ConfigError, match="the question must be str, not 3"):
+            chat.ask(3)  # type: ignore[arg-type]
 
 
 def test_it_frees_the_models_once_and_answers_nothing_afterwards() -> None:
