@@ -72,6 +72,8 @@ def test_a_program_keeps_its_handler_of_sigterm(
 
     def of_ray(*_: object) -> None: ...
 
+    # Another test may have run a command in this process.
+    monkeypatch.setattr(cluster.interrupts, "installed", False)
     monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, of_ray))
     before = signal.signal(signal.SIGTERM, mine if own else signal.SIG_DFL)
     try:
