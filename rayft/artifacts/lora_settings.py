@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import regex
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from rayft.artifacts.meta import CONFIG_FILE
@@ -40,6 +41,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Prefixes of the values that take the first factors out of the base's weight."""
 TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 """Values of `task_type` that rayft has a task for; PEFT has no name for image classifiers."""
+MATCH_SECONDS = 0.5
+"""Time limit to match a pattern with a path, which takes microseconds; `(.|..)+[ab]` takes forever."""
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 """Values of an unknown field that have no effect."""
 
@@ -103,7 +106,7 @@ class LoraSettings(Section):
         if targets is None:
             return False
         if isinstance(targets, str):
-            return targets.lower() == "all-linear" or re.fullmatch(targets, path) is not None
+            return targets.lower() == "all-linear" or _match(targets, path, whole=True) is not None
         if path in targets:
             return True
         return any(path.endswith(f".{target}") for target in targets) and self._transforms(path)
@@ -120,11 +123,11 @@ class LoraSettings(Section):
     def _left_out(self, path: str) -> bool:
         excluded = self.exclude_modules or ()
         if isinstance(excluded, str):
-            if re.fullmatch(excluded, path):
+            if _match(excluded, path, whole=True):
                 return True
         elif path in excluded or any(path.endswith(f".{name}") for name in excluded):
             return True
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
+        return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
 
     def _transforms(self, path: str) -> bool:
         """Return whether `layers_to_transform` includes the layer that a path is in."""
@@ -135,7 +138,7 @@ class LoraSettings(Section):
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             # The first number after the pattern, not the number of an expert inside the layer.
             prefix = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
-            if found := re.match(rf"{prefix}{pattern}\.(?P<index>\d+)\.", path):
+            if found := _match(rf"{prefix}{pattern}\.(?P<index>\d+)\.", path):
                 return int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
         return False
 
@@ -277,8 +280,10 @@ def _check_targets(path: Path, settings: LoraSettings) -> None:
         )
     for field, pattern in _patterns(settings):
         try:
+            # PEFT compiles it with the one, and `_match` with the other.
             re.compile(pattern)
-        except re.error as error:
+            regex.compile(pattern)
+        except (re.error, regex.error) as error:
             raise ArtifactError(
                 f"{path}: {field} has '{pattern}', which is no regular expression ({error}); correct it"
             ) from error
@@ -302,6 +307,24 @@ def _is_output(name: str) -> bool:
 def _by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
     """Return the value of the first pattern that matches the end of a path, as PEFT's `get_pattern_key`."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
+
+
+def _match(pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """Match a pattern with a path, as `re.match` and `re.fullmatch` do, while other threads continue.
+
+    The pattern may come from a folder that others write: it must not stop a server that reads the folder.
+
+    Raises:
+        ArtifactError: if it takes too long.
+    """
+    try:
+        match = regex.fullmatch if whole else regex.match
+        return match(pattern, path, timeout=MATCH_SECONDS, concurrent=True)
+    except TimeoutError as error:
+        raise ArtifactError(
+            f"{CONFIG_FILE} has the regular expression '{pattern}', which takes too long to match with "
+            f"{path}; list the names instead"
+        ) from error

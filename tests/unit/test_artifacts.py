@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rayft.analysis.spectral import summaries
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
 from rayft.artifacts import adapter as adapter_module
 from rayft.artifacts import folder as folder_module
+from rayft.artifacts.lora_settings import LoraSettings
 from rayft.errors import ArtifactError, BaseMismatchError, DiskFullError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import DTYPES, generator
@@ -268,6 +270,32 @@ def test_rslora_and_short_patterns_of_others_are_read(tmp_path: Path) -> None:
     assert loaded.modules["x.up"].scale == 8 / 2
     assert loaded.modules["x.down"].scale == 3 / math.sqrt(2)
     assert (loaded.rank, loaded.squeezed, loaded.meta.base_fingerprint) == (4, False, "")
+
+
+SLOW = "(.|..)+[!?]"
+"""A regular expression whose time is exponential in the length of the text."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": SLOW}, {"exclude_modules": SLOW}, {"modules_to_save": [SLOW]},
+        {"layers_to_transform": [1], "layers_pattern": [SLOW]}, {"rank_pattern": {SLOW: 1}},
+        {"alpha_pattern": {SLOW: 1.0}},
+    ],
+)  # fmt: skip
+def test_a_regular_expression_that_takes_too_long_is_refused(settings: dict[str, Any]) -> None:
+    every = {"peft_type": "LORA", "target_modules": ["up"], **settings}
+    read = LoraSettings.model_validate(every)
+    path, passed = "model.layers.1." + 40 * "a" + ".up", 0
+    with ThreadPoolExecutor(1) as pool:
+        tried = pool.submit(lambda: (read.adapts(path), read.scale(path)))
+        while not tried.done():
+            time.sleep(0.01)
+            passed += 1
+    with pytest.raises(ArtifactError, match="takes too long to match"):
+        tried.result()
+    assert passed > 10, "other threads stood still"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
