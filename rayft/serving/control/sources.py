@@ -163,9 +163,10 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
     try:
         with _store(url):
             files, root, names = _files_of(url, most)
+            limit = _limit(url, most)
             for name in names:
                 with room_on(fetched):
-                    files.get_file(f"{root}/{name}", str(staging / name))
+                    files.get_file(f"{root}/{name}", str(staging / name), callback=limit)
         content = read_adapter(staging).content_hash
         target = fetched / content
         if not holds(target, content):
@@ -198,6 +199,16 @@ def _files_of(url: str, most: int) -> tuple[Any, str, list[str]]:
     sizes = {name: files.size(f"{root}/{name}") for name in FILES if files.exists(f"{root}/{name}")}
     if CONFIG_FILE not in sizes:
         raise ArtifactError(f"{url} has no {CONFIG_FILE}; use the URL of a folder that PEFT saved")
-    if sum(size or 0 for size in sizes.values()) > most:
-        raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server accepts")
+    _limit(url, most).relative_update(sum(size or 0 for size in sizes.values()))
     return files, root, [*sizes]
+
+
+def _limit(url: str, most: int) -> Any:
+    """Return a callback that ends a download of more bytes: a store may tell no size, or a wrong one."""
+    from fsspec.callbacks import Callback
+
+    def check(_: int | None, value: int, **__: object) -> None:
+        if value > most:
+            raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server accepts")
+
+    return Callback(hooks={"limit": check})

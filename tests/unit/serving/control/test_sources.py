@@ -108,6 +108,21 @@ def test_an_adapter_that_is_too_large_is_refused_before_it_is_read(folder: Path,
         find("a", str(folder), None, tmp_path, "100B", pinned=False)
 
 
+@pytest.mark.parametrize("size", [None, 10])
+def test_a_url_with_more_bytes_than_it_tells_is_not_fetched_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    fsspec.filesystem("memory").put(str(folder), "/adapters/large", recursive=True)
+    monkeypatch.setattr(MemoryFileSystem, "size", lambda *_: size)
+    monkeypatch.setattr("rayft.serving.control.sources.read_adapter", lambda _: pytest.fail("it was read"))
+    with pytest.raises(ArtifactError, match="memory://adapters/large is larger than the 100 bytes"):
+        find("a", "memory://adapters/large", None, tmp_path / "got", "100B", pinned=False)
+    assert not [*(tmp_path / "got").iterdir()]
+
+
 def test_only_aliases_are_followed() -> None:
     sources = ("models:/a@champion", "models:/a", "models:/a/3", "/a", "s3://a/b")
     assert [followed(source) for source in sources] == [True, True, False, False, False]
