@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,8 @@ class MlflowRegistry:
             DiskFullError: if there is no space for them.
         """
         resolved = self.resolve(ref)
-        if not resolved.content_hash:
+        # The tag of a version names a folder here, and whoever may write to MLflow may set it to any path.
+        if not re.fullmatch("[0-9a-f]+", resolved.content_hash):
             raise RegistryError(
                 f"{resolved} was not registered by rayft, so it can't be checked; register its folder"
             )

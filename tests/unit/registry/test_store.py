@@ -37,6 +37,17 @@ def test_a_registered_adapter_is_resolved_and_fetched(
     assert registry.fetch("models:/sums/1", tmp_path / "cache") == fetched
 
 
+@pytest.mark.parametrize("tag", ["{tmp}/outside/a", "../outside/a", "..", ".", ""])
+def test_the_tag_of_a_content_is_no_path(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path, tag: str
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    connect(registry.uri).set_model_version_tag("sums", "1", "content_hash", tag.format(tmp=tmp_path))
+    with pytest.raises(RegistryError, match="was not registered by rayft"):
+        registry.fetch("models:/sums/1", tmp_path / "cache")
+    assert not (tmp_path / "outside").exists()
+
+
 def test_versions_have_their_tags_aliases_and_scores(
     registry: MlflowRegistry, run_id: str, adapter: Adapter
 ) -> None:
