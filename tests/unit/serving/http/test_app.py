@@ -7,6 +7,7 @@ import gzip
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.testclient import TestClient
 
 from rayft.serving.http.app import _until_left
+from rayft.serving.http.body import LARGE, read_json
 from tests.unit.serving.http.recording import ADMIN, USER, RecordingGateway
 
 TEXT: dict[str, Any] = {"model": "base", "prompt": "hi"}
@@ -89,6 +91,24 @@ def test_an_adapter_below_no_root_is_refused(guarded: TestClient) -> None:
 def test_the_methods_of_a_path_are_named(client: TestClient) -> None:
     answer = client.put("/v1/adapters")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/adapters"])
+def test_a_large_body_is_parsed_beside_the_event_loop(
+    client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: list[bool] = []
+
+    def read(text: bytes) -> dict[str, Any]:
+        with suppress(RuntimeError):
+            loops.append(asyncio.get_running_loop() is not None)
+        return read_json(text)
+
+    monkeypatch.setattr("rayft.serving.http.body.read_json", read)
+    assert client.post(path, content=b'{"a": 1}').status_code == 400
+    assert loops == [True]
+    assert client.post(path, content=b'{"a": [' + b"[]," * (LARGE // 3) + b"[]]}").status_code == 400
+    assert loops == [True]
 
 
 def test_the_description_has_every_status_key_and_body(client: TestClient) -> None:
