@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import regex
 from pydantic import Field, FiniteFloat, PositiveInt
 
-from rayft.artifacts.meta import CONFIG_FILE
+from rayft.artifacts.meta import CONFIG_FILE, settings_text
 from rayft.config import Section, nearest, parse
 from rayft.errors import ArtifactError, ConfigError
 
@@ -41,6 +41,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Prefixes of the values that take the first factors out of the base's weight."""
 TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 """Values of `task_type` that rayft has a task for; PEFT has no name for image classifiers."""
+LARGEST_CONFIG = 2**24
+"""Largest size of `adapter_config.json` in bytes; one that names 20,000 modules has 2 MB."""
 MATCH_SECONDS = 0.5
 """Time limit to match a pattern with a path, which takes microseconds; `(.|..)+[ab]` takes forever."""
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})
@@ -155,7 +157,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give the folder that PEFT saved")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(settings_text(path, LARGEST_CONFIG))
         # JSON escapes can encode half a character (a surrogate), which can't be written as UTF-8.
         json.dumps(config, ensure_ascii=False).encode()
     except OSError as error:

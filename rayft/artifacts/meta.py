@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict
 
 from rayft.config import Section
+from rayft.errors import ArtifactError
 
 __all__ = [
     "CONFIG_FILE",
@@ -17,6 +19,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "ArtifactMeta",
     "ModuleShapes",
+    "settings_text",
     "stored_revision",
 ]
 
@@ -79,3 +82,17 @@ def stored_revision(meta: ArtifactMeta, named: object, revision: object) -> str 
     if meta.base_revision:
         return meta.base_revision
     return str(revision) if revision and named == meta.base_model else None
+
+
+def settings_text(path: Path, most: int) -> str:
+    """Return the text of a file of settings: JSON of empty objects takes 80 times its size in memory.
+
+    Raises:
+        ArtifactError: if it has more than `most` bytes.
+        OSError, UnicodeDecodeError: if it can't be read, or is not UTF-8.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ArtifactError(f"{path} has more than {most:,} bytes; export the adapter again")
+    return data.decode("utf-8")

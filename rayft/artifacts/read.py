@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rayft.artifacts.lora_settings import NOT_SUPPORTED, OUTPUT_LAYERS, LoraSettings
-from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta
+from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, settings_text
 from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import relative_error, tolerance
@@ -34,6 +34,8 @@ INDICES = {
 """Types in which some of PEFT's classes keep indices and masks; a LoRA has none."""
 LARGEST_HEADER = 100_000_000
 """Largest size of a file's header in bytes; safetensors has the same limit."""
+LARGEST_META = 2**27
+"""Largest size of `rayft.json` in bytes; 5 million singular values have 100 MB."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")
 OTHERS = {
     r"(?P<module>.+)\.lora_embedding_[AB](?:\..+)?": "the embedding {module} (LoRA)",
@@ -138,7 +140,7 @@ def read_meta(folder: Path, settings: Mapping[str, object]) -> ArtifactMeta:
                 f"{folder / CONFIG_FILE}: base_model_name_or_path is no name but {base!r}; correct it"
             ) from error
     try:
-        return ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
+        return ArtifactMeta.model_validate_json(settings_text(path, LARGEST_META))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} does not fit its format ({error}); export the adapter again") from error
 
@@ -249,7 +251,12 @@ def _factors(
             f"{folder}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, but {CONFIG_FILE} says rank "
             f"{rank}; config and weights are not of the same adapter"
         )
-    return LoraFactors(a, b, settings.scale(name), columns=meta.columns.get(name))
+    scale = settings.scale(name)
+    if abs(scale) > torch.finfo(torch.float32).max:
+        raise ArtifactError(
+            f"{folder}: {name} has the scale {scale}, which is no float32; correct lora_alpha"
+        )
+    return LoraFactors(a, b, scale, columns=meta.columns.get(name))
 
 
 def check_selector(where: str, factors: LoraFactors) -> None:

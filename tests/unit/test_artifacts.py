@@ -272,6 +272,26 @@ def test_rslora_and_short_patterns_of_others_are_read(tmp_path: Path) -> None:
     assert (loaded.rank, loaded.squeezed, loaded.meta.base_fingerprint) == (4, False, "")
 
 
+@pytest.mark.parametrize("file", [CONFIG, META])
+def test_a_huge_file_of_settings_is_refused_before_it_is_parsed(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.artifacts.lora_settings.LARGEST_CONFIG", 4000)
+    monkeypatch.setattr("rayft.artifacts.read.LARGEST_META", 4000)
+    folder = mixed().save(tmp_path / "adapter")
+    assert same(AdapterArtifact.load(folder), mixed())
+    (folder / file).write_text((folder / file).read_text() + 4000 * " ")
+    with pytest.raises(ArtifactError, match=f"{file} has more than 4,000 bytes"):
+        AdapterArtifact.load(folder)
+
+
+def test_a_scale_beyond_float32_is_refused(tmp_path: Path) -> None:
+    folder = mixed().save(tmp_path / "adapter")
+    rewrite_config(lora_alpha=1e308, alpha_pattern={})(folder)
+    with pytest.raises(ArtifactError, match="which is no float32; correct lora_alpha"):
+        AdapterArtifact.load(folder)
+
+
 SLOW = "(.|..)+[!?]"
 """A regular expression whose time is exponential in the length of the text."""
 
