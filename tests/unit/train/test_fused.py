@@ -127,7 +127,8 @@ def test_sessions_that_train_are_fused(run: RunConfig, monkeypatch: pytest.Monke
 def test_a_fused_base_trains_as_the_plain_one(
     run: RunConfig, session: Session, tmp_path: Path, name: str, scale: dict[str, Any]
 ) -> None:
-    run = with_method(run, name, scale=scale)
+    # AdamW's first step of each link is lr times a sign, which rounding can turn where a gradient is about 0.
+    run = with_method(run, name, scale=scale, optim={"lr": 1e-4} if name == "rc3la" else {})
     other = Session.open(run, Worker())
     assert fuse(other.loaded.model)
     plain = Trainer(run, session, Reporter(), tmp_path / "plain").fit()
