@@ -2,7 +2,7 @@
 
     python benchmarks/bench_serve_vllm.py [--parts inprocess,many,kernels,async,load,http,tier]
 
-Also `--parts profile`, `few` to leave `stock` out, and `sglang`, which wants SGLang's folder.
+Also `--parts profile`, `few` to leave `stock` out, and `sglang`, which needs SGLang's folder.
 
 The model is a Llama shape of 1.0 B parameters (random weights, bfloat16); adapters have the ranks 4, 8, 16
 and 64 in turn, on all linear layers. Three processes hold one engine each on the same GPU and take turns,
@@ -21,9 +21,9 @@ interval.
                tokens of 32 requests while one is loaded each second
     http       64 clients, 128 tokens in and 256 out, against `vllm serve` without adapters and `rayft serve`
                (base rows, and 32 adapters), streaming and not: tokens per second, time to the first token
-    sglang     the same as `http` against `vllm serve` without adapters, `rayft serve` with 32 adapters, and
-               SGLang's server without and with these 32. SGLang's packages don't fit beside
-               vLLM's: `--sglang` names the folder that they are installed in (`pip install --target`)
+    sglang     the same as `http`, against `vllm serve` without adapters, `rayft serve` with 32 adapters, and
+               SGLang's server without adapters and with the same 32. SGLang needs other versions of packages
+               than vLLM: `--sglang` names the folder that it is installed in (`pip install --target`)
     tier       `rayft serve` with 12 adapters of 100 MB and room for 4 on the device: time to the first token
                of one that was evicted, and of one that is there; and the time between the parts of 32 streams
                of the base: alone (`quiet`), while one request a second asks for an adapter that is there
@@ -901,7 +901,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", default="inprocess,many,kernels,async,load,http,tier")
     parser.add_argument("--commit", help="commit that is measured, where there is no git")
-    parser.add_argument("--serve", help="serve with rayft for this part (used by http and tier)")
+    parser.add_argument("--serve", help="serve with rayft for this part (used by http, sglang and tier)")
     parser.add_argument("--sglang", help="folder of SGLang's packages, for the part sglang")
     arguments = parser.parse_args()
     if arguments.serve:

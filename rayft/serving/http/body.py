@@ -29,7 +29,7 @@ MAX_DEPTH = 32
 """Largest number of objects and arrays within one another."""
 
 LARGE = 2**20
-"""Size of a body in bytes from which another thread parses it: 15 MB of empty lists take 7 s."""
+"""Size of a body in bytes from which another thread parses it: 15 MB of empty lists take 5 s."""
 
 LONGEST_NUMBER = 400
 """Most characters of an integer that is parsed; a 64-bit float that is written out has fewer."""
