@@ -101,12 +101,17 @@ factory.DATASETS["mine"] = (lambda config: "made"), Config
 """
 """Fills its table after other threads can see it, as the package itself does."""
 THREADS = """
-import threading, time
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 from rayft.data.gym import build_task
 
-for _ in range(2):
-    threading.Thread(target=lambda: print(build_task("mine", {}, 0, 1))).start()
-    time.sleep(0.3)
+with ThreadPoolExecutor(2) as pool:
+    tasks = []
+    for _ in range(2):
+        tasks.append(pool.submit(build_task, "mine", {}, 0, 1))
+        time.sleep(0.3)
+    print(*[task.result() for task in tasks])
 """
 
 
