@@ -36,6 +36,7 @@ __all__ = [
     "config_text",
     "content_hash",
     "flatten",
+    "in_one_line",
     "leaves",
     "load",
     "lone_surrogate",
@@ -192,12 +193,19 @@ def config_errors(where: str = "") -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            path = ".".join(map(str, problem["loc"]))
-            message = str(problem["msg"]).removeprefix("Value error, ")
-            problems.append(f"{path}: {message}" if path else message)
-        raise ConfigError(where + "; ".join(problems)) from error
+        raise ConfigError(where + in_one_line(error)) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of an error in one line; of a `ValidationError`, its problems with their places."""
+    if not isinstance(error, ValidationError):
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    found = []
+    for problem in error.errors():
+        place = ".".join(map(str, problem["loc"]))
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        found.append(f"{place}: {message}" if place else message)
+    return "; ".join(found)
 
 
 def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ rayft wrote is replaced.
 
 from __future__ import annotations
 
-from rayft.artifacts.adapter import AdapterArtifact, check_prefix, folder_bytes
+from rayft.artifacts.adapter import AdapterArtifact, check_prefix, folder_bytes, holds
 from rayft.artifacts.folder import check_replaceable, contains, saved_whole, settle, write_whole
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, ModuleShapes
 
@@ -29,6 +29,7 @@ __all__ = [
     "check_replaceable",
     "contains",
     "folder_bytes",
+    "holds",
     "saved_whole",
     "settle",
     "write_whole",

@@ -30,7 +30,7 @@ from rayft.artifacts.meta import (
     stored_revision,
 )
 from rayft.artifacts.read import FLOATS, assemble, check_selector, check_spectrum, read_meta, read_weights
-from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
+from rayft.errors import ArtifactError, BaseMismatchError, RayftError, SqueezeError
 from rayft.methods.base import LoraFactors
 
 __all__ = ["AdapterArtifact", "check_prefix", "folder_bytes"]
@@ -165,9 +165,20 @@ class AdapterArtifact:
         """Read a folder of a PEFT LoRA into CPU tensors, and check everything that needs no base.
 
         Raises:
-            ArtifactError: naming the folder, the module and what to do.
+            ArtifactError: naming the folder, the module and what to do. Whatever the files hold, there is no
+                other error.
         """
-        folder = Path(folder)
+        try:
+            return cls._read(Path(folder))
+        except RayftError:
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"{folder} can't be read ({type(error).__name__}: {error}); copy or export the adapter again"
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> AdapterArtifact:
         settings = read_settings(folder)
         tensors = read_weights(folder)
         meta = read_meta(folder, settings.model_dump())
@@ -262,6 +273,14 @@ class AdapterArtifact:
             "rank_pattern": {exactly[name]: r for name, r in ranks.items() if r != rank},
             "alpha_pattern": {exactly[name]: a for name, a in alphas.items() if a != alpha},
         }
+
+
+def holds(folder: Path, content: str) -> bool:
+    """Return whether a folder contains an adapter with this content hash."""
+    try:
+        return AdapterArtifact.load(folder).content_hash == content
+    except ArtifactError:
+        return False
 
 
 def folder_bytes(folder: str | Path) -> int:

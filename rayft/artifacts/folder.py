@@ -144,8 +144,10 @@ def is_staged_folder(path: Path) -> bool:
 def settle(local: Path, target: Path) -> bool:
     """Move a folder to the place that its content names, and return whether a folder is there afterwards.
 
-    If another process has meanwhile put the same content there, that folder stays.
+    What is there is deleted: the caller has found that it is not that content any more. If another process
+    then puts the same content there first, that folder stays.
     """
+    shutil.rmtree(target, ignore_errors=True)
     local.chmod(0o755)
     with contextlib.suppress(OSError):
         local.rename(target)

@@ -15,6 +15,7 @@ import torch
 
 from rayft.artifacts.lora_settings import NOT_SUPPORTED, OUTPUT_LAYERS, LoraSettings
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, settings_text
+from rayft.config import in_one_line
 from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import relative_error, tolerance
@@ -142,7 +143,9 @@ def read_meta(folder: Path, settings: Mapping[str, object]) -> ArtifactMeta:
     try:
         return ArtifactMeta.model_validate_json(settings_text(path, LARGEST_META))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} does not fit its format ({error}); export the adapter again") from error
+        raise ArtifactError(
+            f"{path} does not fit its format ({in_one_line(error)}); export the adapter again"
+        ) from error
 
 
 def assemble(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from rayft.config import Record
+from rayft.config import Record, in_one_line
 from rayft.data.source import majority_answer
 from rayft.errors import RayftError, TrainError
 from rayft.evaluate.compare import interval
@@ -118,7 +118,7 @@ class ScoreStore:
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
-            self._say(f"{name} is scored again: {place} is damaged ({str(error).splitlines()[0]})")
+            self._say(f"{name} is scored again: {place} is damaged ({in_one_line(error)})")
             return None
         if kept.follows != follows or not {*parts} <= kept.parts.keys():
             return None

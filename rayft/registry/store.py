@@ -16,7 +16,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from rayft.artifacts import AdapterArtifact, folder_bytes, settle
+from rayft.artifacts import AdapterArtifact, folder_bytes, holds, settle
 from rayft.config import nearest
 from rayft.errors import ArtifactError, PromotionRefusedError, RayftError, RegistryError
 from rayft.files import room_on
@@ -99,7 +99,7 @@ class MlflowRegistry:
                 f"{resolved} was not registered by rayft, so it can't be checked; register its folder"
             )
         target = Path(folder) / resolved.content_hash
-        if not _holds(target, resolved):
+        if not holds(target, resolved.content_hash):
             with room_on(target.parent):
                 self._fetch(resolved, target)
         return target
@@ -110,7 +110,6 @@ class MlflowRegistry:
         try:
             local = self._download(resolved, staging)
             _check_content(local, resolved)
-            shutil.rmtree(target, ignore_errors=True)
             if not settle(local, target):
                 raise RegistryError(f"{target} can't be written; remove it or choose another folder")
         finally:
@@ -132,7 +131,7 @@ class MlflowRegistry:
         ref = AdapterRef(version.name, version.number, content_hash=version.content_hash, uri=version.uri)
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                return _holds(self._download(ref, Path(scratch)), ref)
+                return holds(self._download(ref, Path(scratch)), ref.content_hash)
             except RegistryError:
                 return False
 
@@ -242,15 +241,6 @@ def _version(version: ModelVersion, aliases: Mapping[str, object]) -> AdapterVer
         aliases=tuple(sorted(alias for alias, target in aliases.items() if int(str(target)) == number)),
         tags=dict(version.tags),
     )
-
-
-def _holds(folder: Path, ref: AdapterRef) -> bool:
-    """Return whether a folder contains what was registered."""
-    try:
-        _check_content(folder, ref)
-    except RegistryError:
-        return False
-    return True
 
 
 def _check_content(folder: Path, ref: AdapterRef) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from rayft.config import Record
+from rayft.config import Record, in_one_line
 from rayft.errors import ReportError
 
 __all__ = [
@@ -317,9 +317,7 @@ class SweepRecord(Record):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "file"
             raise ReportError(
-                f"{path} is damaged or of another version ({where}: {problem['msg']}); "
+                f"{path} is damaged or of another version ({in_one_line(error)}); "
                 "write it again with `rayft sweep`, which resumes what is finished"
             ) from error

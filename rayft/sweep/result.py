@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from rayft.artifacts.folder import FILES
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
+from rayft.config import in_one_line
 from rayft.errors import ArtifactError
 from rayft.identity import Identity
 from rayft.models.files import hash_file
@@ -134,7 +135,7 @@ def _read(folder: Path) -> tuple[TrialResult | None, str]:
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = in_one_line(error)
         return None, f"{path} is damaged ({reason})"
 
 

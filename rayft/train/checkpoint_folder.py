@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayft.config import in_one_line
 from rayft.files import hash_content, sync_tree, write_file
 from rayft.identity import Identity
 
@@ -165,7 +166,7 @@ def _read(place: Path, path: Path, *, old: bool = False) -> Checkpoint:
         else:
             dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = in_one_line(error)
         return Checkpoint(place, step, problem=f"{path.name} is damaged: {reason}", old=old)
     return Checkpoint(place, step, state, identity, old=old)
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
-from rayft.config import nearest
+from rayft.config import in_one_line, nearest
 from rayft.data.pack import AnyBatch
 from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import batch_loss, targets_of
@@ -126,9 +126,7 @@ def check_settings(run: RunConfig) -> None:
     try:
         DeepSpeedConfig(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"deepspeed: DeepSpeed refuses {place}: {first['msg']}") from error
+        raise ConfigError(f"deepspeed: DeepSpeed refuses {in_one_line(error)}") from error
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"deepspeed: DeepSpeed can't read these settings: {error}") from error
     for name in run.deepspeed:

@@ -227,6 +227,10 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         r"up\.magnitude is no LoRA factor",
     ),
     "nothing": (rewrite_weights(lambda t: t.clear()), "holds no LoRA factors"),
+    "pattern nested too deeply": (
+        rewrite_config(target_modules="(" * 2000),
+        r"can't be read \(RecursionError: ",
+    ),
     "columns": (rewrite_meta(columns={"up": [0, 1]}), "are not those that lora_A selects"),
     "columns out of range": (rewrite_meta(columns={"up": [0, 99]}), "are not those that lora_A selects"),
     "other singular values": (
@@ -237,8 +241,14 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         rewrite_meta(singular_values={"down": [9.0, 1.0]}),
         "are not those of its columns",
     ),
-    "unknown key": (rewrite_meta(columnz={}), "does not fit its format"),
-    "newer format": (rewrite_meta(format=2), "does not fit its format"),
+    "unknown key": (
+        rewrite_meta(columnz={}),
+        r"does not fit its format \(columnz: Extra inputs are not permitted\); export",
+    ),
+    "newer format": (
+        rewrite_meta(format=2),
+        r"does not fit its format \(format: Input should be 1\); export",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rayft.analysis.record import FILE as ANALYSIS_FILE
 from rayft.analysis.record import PIECES, AdapterAnalysis, SweepAnalysis
 from rayft.analysis.section import PARTS, READERS, AnalyzeConfig
-from rayft.config import parse
+from rayft.config import in_one_line, parse
 from rayft.errors import ArtifactError, ReportError
 from rayft.flow.analyze.source import Item, Sources, find_items
 from rayft.flow.analyze.summarize import known, summarize
@@ -90,7 +90,7 @@ def _piece(place: Path, item: Item, say: Callable[[str], None]) -> AdapterAnalys
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, ArtifactError) as error:
-        say(f"{item.name} is analysed again: {place} is damaged ({str(error).splitlines()[0]})")
+        say(f"{item.name} is analysed again: {place} is damaged ({in_one_line(error)})")
         return None
     # What a note reports may have been put right meanwhile.
     return None if one.notes or one.inputs != item.inputs else one

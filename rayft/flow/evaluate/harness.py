@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayft.config import nearest
+from rayft.config import in_one_line, nearest
 from rayft.data.files import quiet
 from rayft.errors import ConfigError, DataError, ModelError, RayftError, ResourceError
 from rayft.evaluate.compare import Z
@@ -132,7 +132,7 @@ class Harness:
             loaded = self._manager.load(self.tasks)
         except Exception as error:
             # Libraries read the data, and a task may have code of its own: they may raise anything.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = in_one_line(error)
             raise DataError(
                 f"the tasks {', '.join(self.tasks)} can't be loaded ({type(error).__name__}: {reason}); "
                 "their data comes from the Hugging Face hub unless the task names files: check the network, "

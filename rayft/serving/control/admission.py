@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rayft.artifacts import AdapterArtifact, ModuleShapes
-from rayft.errors import ArtifactError, RayftError
+from rayft.errors import ArtifactError
 
-__all__ = ["BaseModel", "check_adapter", "check_artifact", "read_adapter"]
+__all__ = ["BaseModel", "check_adapter", "check_artifact"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
         BaseMismatchError: if it was trained on another base.
     """
     try:
-        artifact = read_adapter(folder)
+        artifact = AdapterArtifact.load(folder)
         check_artifact(artifact, folder, base)
     except ArtifactError as error:
         raise type(error)(f"adapter '{name}' is not served: {error}") from error
@@ -66,22 +65,6 @@ def check_artifact(artifact: AdapterArtifact, folder: str, base: BaseModel | Non
         artifact.check_base(base.fingerprint, base.shapes)
         _check_ranks(artifact, folder, base.widest)
         _check_layers(artifact, folder, base.unserved)
-
-
-def read_adapter(folder: str | Path) -> AdapterArtifact:
-    """Read an adapter from an untrusted folder: any error in its files becomes an `ArtifactError`.
-
-    Raises:
-        ArtifactError: if the adapter can't be read.
-    """
-    try:
-        return AdapterArtifact.load(folder)
-    except RayftError:
-        raise
-    except Exception as error:
-        raise ArtifactError(
-            f"{folder} can't be read ({type(error).__name__}: {error}); export the adapter again"
-        ) from error
 
 
 def _check_generates(artifact: AdapterArtifact, folder: str) -> None:

@@ -33,15 +33,14 @@ from socket import gethostname
 
 from pydantic import TypeAdapter
 
-from rayft.artifacts import WEIGHTS_FILE, settle
+from rayft.artifacts import WEIGHTS_FILE, AdapterArtifact, holds, settle
 from rayft.errors import ArtifactError, ResourceError
 from rayft.files import locked, room_on, write_file
 from rayft.paths import check_folder
-from rayft.serving.control.admission import read_adapter
 from rayft.serving.control.allowed import FILES
 from rayft.serving.control.state import Served
 
-__all__ = ["STALE_SECONDS", "TOUCH_SECONDS", "Copies", "Record", "holds"]
+__all__ = ["STALE_SECONDS", "TOUCH_SECONDS", "Copies", "Record"]
 
 logger = logging.getLogger("ray.serve")
 
@@ -94,7 +93,6 @@ class Copies:
                 return target
             if not holds(staging, content):
                 raise ArtifactError(f"{folder} changed while it was read; load it again")
-            shutil.rmtree(target, ignore_errors=True)
             if not settle(staging, target):
                 raise ResourceError(
                     f"{target} can't be written; remove what is there, or set another folder (fetched)"
@@ -128,7 +126,7 @@ class Copies:
             ArtifactError: if the copy is missing or damaged.
         """
         folder = self._folder / name
-        found = read_adapter(folder).content_hash
+        found = AdapterArtifact.load(folder).content_hash
         if found != content:
             raise ArtifactError(f"{folder} has the content {found}, not {content}; load the adapter again")
         return {path.name: path.stat().st_size for path in folder.iterdir() if path.name in FILES}
@@ -185,10 +183,8 @@ class Copies:
         """
         target = self._folder / name
         with locked(self._folder / f".{name}.lock"):
-            if not holds(target, content):
-                shutil.rmtree(target, ignore_errors=True)
-                if not settle(staging, target):
-                    raise ResourceError(f"{target} can't be written; remove what is there")
+            if not holds(target, content) and not settle(staging, target):
+                raise ResourceError(f"{target} can't be written; remove what is there")
 
     def save(self, record: Record) -> None:
         """Write the record.
@@ -245,14 +241,6 @@ class Copies:
                 f"{folder} can't be copied to {self._folder} ({error.strerror}); correct that, then load the "
                 "adapter again"
             ) from error
-
-
-def holds(folder: Path, content: str) -> bool:
-    """Return whether a folder contains an adapter with this content hash."""
-    try:
-        return read_adapter(folder).content_hash == content
-    except ArtifactError:
-        return False
 
 
 def _digest(folder: Path) -> str:

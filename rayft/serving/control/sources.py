@@ -10,16 +10,15 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from rayft.artifacts import settle
+from rayft.artifacts import AdapterArtifact, holds, settle
 from rayft.artifacts.lora_settings import read_settings
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, BadRequestError, DiskFullError
 from rayft.files import room_on
 from rayft.paths import check_folder
 from rayft.registry.ref import AdapterRef, Registry
-from rayft.serving.control.admission import BaseModel, check_adapter, read_adapter
+from rayft.serving.control.admission import BaseModel, check_adapter
 from rayft.serving.control.allowed import FILES
-from rayft.serving.control.copies import holds
 from rayft.serving.control.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 
@@ -167,14 +166,12 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
             for name in names:
                 with room_on(fetched):
                     files.get_file(f"{root}/{name}", str(staging / name), callback=limit)
-        content = read_adapter(staging).content_hash
+        content = AdapterArtifact.load(staging).content_hash
         target = fetched / content
-        if not holds(target, content):
-            shutil.rmtree(target, ignore_errors=True)
-            if not settle(staging, target):
-                raise ArtifactError(
-                    f"{target} can't be written; remove what is there, or set another folder (fetched)"
-                )
+        if not holds(target, content) and not settle(staging, target):
+            raise ArtifactError(
+                f"{target} can't be written; remove what is there, or set another folder (fetched)"
+            )
         return target
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from rayft.artifacts import holds
 from rayft.errors import RayftError, ResourceError
-from rayft.serving.control.copies import Copies, holds
+from rayft.serving.control.copies import Copies
 from rayft.serving.control.state import Deployed
 
 __all__ = ["PART_BYTES", "receive"]

@@ -117,7 +117,7 @@ def test_a_url_with_more_bytes_than_it_tells_is_not_fetched_whole(
 
     fsspec.filesystem("memory").put(str(folder), "/adapters/large", recursive=True)
     monkeypatch.setattr(MemoryFileSystem, "size", lambda *_: size)
-    monkeypatch.setattr("rayft.serving.control.sources.read_adapter", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr("rayft.artifacts.AdapterArtifact.load", lambda _: pytest.fail("it was read"))
     with pytest.raises(ArtifactError, match="memory://adapters/large is larger than the 100 bytes"):
         find("a", "memory://adapters/large", None, tmp_path / "got", "100B", pinned=False)
     assert not [*(tmp_path / "got").iterdir()]
