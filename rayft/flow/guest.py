@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import numbers
-import os
 import re
 import signal
 import threading
@@ -21,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from rayft.environment import restore, values_of
 from rayft.errors import ConfigError
 from rayft.flow.address import own
 from rayft.flow.cluster import VARIABLES as OF_RAY
@@ -139,7 +139,7 @@ class _Process:
         """Restore the environment variables, and leave a cluster that was joined, after a block."""
         with self._lock:
             if not self._running:
-                self._variables = {name: os.environ.get(name) for name in VARIABLES}
+                self._variables = values_of(VARIABLES)
             self._running += 1
         try:
             yield
@@ -153,11 +153,7 @@ class _Process:
         if own.joined:
             # The stages that need a cluster end one that was started, and stay in one that was joined.
             stop_cluster()
-        for name, value in self._variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        restore(self._variables)
 
 
 _process = _Process()

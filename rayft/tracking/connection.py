@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import httpx
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from rayft.environment import environment
 from rayft.errors import RayftError, TrackingError
 from rayft.files import disk_full, disk_full_error, locked, write_large_file
 from rayft.paths import check_file, check_folder
@@ -121,19 +123,10 @@ def connect(uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-@contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SECONDS_TO_ANSWER)}
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _impatient() -> AbstractContextManager[None]:
+    return environment(
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(SECONDS_TO_ANSWER)
+    )
 
 
 @contextlib.contextmanager

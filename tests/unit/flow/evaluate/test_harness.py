@@ -44,6 +44,12 @@ def include(here: Here, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save_tasks(here.folder / "tasks")
 
 
+@pytest.fixture(autouse=True)
+def _no_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is forked while this one has threads may never end."""
+    monkeypatch.setattr("os.fork", lambda: pytest.fail("lm_eval forks"))
+
+
 def ask(*targets: str, tasks: tuple[str, ...] = TASKS, **options: Any) -> EvaluateRequest:
     return EvaluateRequest(targets, tasks=tasks, **{"overrides": FLOAT32, **options})
 
