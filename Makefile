@@ -16,6 +16,8 @@ PYTEST_ARGS ?= -n 2
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Ray starts many processes, and each would compile all of rayft again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test cluster-test check format clean

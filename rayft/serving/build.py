@@ -25,10 +25,9 @@ from rayft.config import parse
 from rayft.errors import ResourceError
 from rayft.models.load import load_skeleton
 from rayft.paths import check_folder
-from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.director import DirectorDeployment, initial
-from rayft.serving.control.sources import check_source
+from rayft.serving.control.sources import check_source, registry_at
 from rayft.serving.deployment import APPLICATION
 from rayft.serving.engine.start import EngineName, check_engine, describe
 from rayft.serving.http.app import IngressDeployment, IngressOptions
@@ -157,7 +156,7 @@ def check(config: ServeConfig) -> None:
     if engine == "vllm":
         _check_gpus(config.gpus)
     located = _absolute(config)
-    registry = MlflowRegistry(located.registry) if located.registry else None
+    registry = registry_at(located.registry)
     check_folder(Path(located.fetched), "fetched")
     for source in located.adapters.values():
         check_source(source, registry, Path(located.fetched), located.max_adapter_bytes)

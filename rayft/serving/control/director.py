@@ -25,8 +25,6 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError, TrackingError
-from rayft.registry.ref import Registry
-from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
 from rayft.serving.control import sources, state
 from rayft.serving.control.admission import BaseModel
@@ -61,7 +59,7 @@ class Director:
             ResourceError: if an adapter can't be copied.
         """
         self._config, self._replicas = config, replicas
-        self._registry = _registry(config)
+        self._registry = sources.registry_at(config.registry)
         self._changing = asyncio.Lock()
         self._copies = Copies(config.fetched, server)
         record = self._copies.record()
@@ -326,7 +324,7 @@ def initial(config: ServeConfig, base: BaseModel | None = None) -> Served:
         ArtifactError, RegistryError: if an adapter is missing or can't be served.
     """
     served = Served()
-    registry = _registry(config)
+    registry = sources.registry_at(config.registry)
     for name, source in config.adapters.items():
         pinned = name in config.pinned
         new = sources.find(
@@ -334,10 +332,6 @@ def initial(config: ServeConfig, base: BaseModel | None = None) -> Served:
         )
         served = state.loaded(served, new)
     return replace(served, number=1)
-
-
-def _registry(config: ServeConfig) -> Registry | None:
-    return MlflowRegistry(config.registry) if config.registry else None
 
 
 def _gone(error: Exception) -> bool:

@@ -22,12 +22,21 @@ from rayft.serving.control.allowed import FILES
 from rayft.serving.control.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["check_source", "find", "followed", "moved"]
+__all__ = ["check_source", "find", "followed", "moved", "registry_at"]
 
 NO_REGISTRY = (
     "this server was started without a registry; set registry to MLflow's URI in its configuration, "
     "and start it again"
 )
+
+
+def registry_at(uri: str | None) -> Registry | None:
+    """Return the registry of a server's configuration, if it names one. MLflow is imported only then."""
+    if not uri:
+        return None
+    from rayft.registry.store import MlflowRegistry
+
+    return MlflowRegistry(uri)
 
 
 def find(
