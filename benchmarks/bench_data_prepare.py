@@ -144,8 +144,8 @@ def main() -> None:
         first, second = (child(folder / "all.jsonl", folder / "cache") for _ in range(2))
         size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
         source = (folder / "all.jsonl").stat().st_size
-    cores = len(os.sched_getaffinity(0))
     values = [
+        ("cores", len(os.sched_getaffinity(0)), "cores"),
         ("tokens_per_row", first["tokens"], "tokens"),
         ("alone_ms_per_row", alone["seconds"] / min(rows, ALONE) * 1e3, "ms"),
         ("alone_own_kib_per_row", alone["own"] / min(rows, ALONE) / 2**10, "KiB"),
@@ -160,7 +160,7 @@ def main() -> None:
         print(f"{case:24} {metric:24} {value:10.3f} {unit}", flush=True)
     save(
         "data_prepare",
-        [record("data_prepare", f"{case}/{cores}cores", name, round(v, 4), unit) for name, v, unit in values],
+        [record("data_prepare", case, name, round(v, 4), unit) for name, v, unit in values],
     )
 
 

@@ -494,9 +494,14 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"ci_low": medians[50], "ci_high": medians[-51], "n": len(values)}
 
 
+MS = {"step": "ms", "prefill": "prefill_ms"}
+"""What is measured → the metric of its milliseconds."""
+
+
 def compared(how: str, found: dict[tuple[str, int], list[dict[str, float]]]) -> list[dict[str, Any]]:
     """Turn the rounds into results, and print them."""
     records: list[dict[str, Any]] = []
+    place = f"1b/{ROWS}rows" + ("" if how == "inprocess" else f"/{how}")
 
     def put(case: str, metric: str, values: Sequence[float], unit: str) -> None:
         middle = statistics.median(values)
@@ -504,20 +509,20 @@ def compared(how: str, found: dict[tuple[str, int], list[dict[str, float]]]) -> 
         print(f"{case:40} {metric:22} {middle:10.3f} {unit}", flush=True)
 
     base = found["base", 0]
-    put(f"vllm/base/1b/{ROWS}rows/{how}", "tokens_per_s", [one["tokens"] for one in base], "1/s")
+    put(f"vllm/base/{place}", "tokens_per_s", [one["tokens"] for one in base], "1/s")
     for (kind, case), values in found.items():
         if kind == "base":
             continue
-        name = f"{NAMES[case]}/1b/{ROWS}rows/{how}"
+        name = f"{NAMES[case]}/{place}"
         if kind == "stock":
             put(f"stock/{name}", "tokens_per_s", [one["tokens"] for one in values], "1/s")
             if "prefill" in values[0]:
-                put(f"stock/{name}", "prefill_ms", [one["prefill"] for one in values], "ms")
+                put(f"stock/{name}", MS["prefill"], [one["prefill"] for one in values], "ms")
             continue
         put(name, "tokens_per_s", [one["tokens"] for one in values], "1/s")
         for metric in ("step", "prefill"):
             if metric in values[0]:
-                put(name, f"{metric}_ms", [one[metric] for one in values], "ms")
+                put(name, MS[metric], [one[metric] for one in values], "ms")
                 ratios = [mine[metric] / theirs[metric] for mine, theirs in zip(values, base, strict=True)]
                 put(name, f"{metric}_over_vllm", ratios, "x")
         ratios = [theirs["tokens"] / mine["tokens"] for mine, theirs in zip(values, base, strict=True)]
@@ -553,7 +558,7 @@ def inprocess(parts: Sequence[str]) -> list[dict[str, Any]]:
         for count, each in found.items():
             name = f"{count}_on_device/1b/{ROWS}rows"
             print(f"{name}:", {kind: [round(value, 3) for value in values] for kind, values in each.items()})
-            for kind, metric in (("step", "step_ms"), ("gpu", "gpu_ms")):
+            for kind, metric in (("step", MS["step"]), ("gpu", "gpu_ms")):
                 middle, first = statistics.median(each[kind]), found[str(MANY[0])][kind]
                 ratios = [mine / other for mine, other in zip(each[kind], first, strict=True)]
                 over, spread = statistics.median(ratios), interval(ratios)

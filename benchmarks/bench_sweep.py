@@ -29,7 +29,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.records import record, save
+from benchmarks.records import gpu_name, record, save
 
 BENCH, OVERHEAD = "sweep_makespan", "sweep_overhead"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -218,6 +218,15 @@ class Bench:
         """Add how many times as long others took: Tune, its fastest way first, then settings by hand."""
         others = {case: took for case, took in self.seconds.items() if case.startswith("tune")}
         fastest = sorted(others, key=others.__getitem__)
+        if fastest and "cold" in self.seconds:
+            ours, theirs = self.seconds["cold"], others[fastest[0]]
+            case = self._case(gpu_name(self.records[0]["device"]).lower())
+            found = [
+                ("seconds", ours, "s"),
+                ("rival_seconds", theirs, "s"),
+                ("over_rival", theirs / ours, "x"),
+            ]
+            self.records += [record(BENCH, case, *values) for values in found]
         for case, by_hand in (("cold", "hand_cold"), ("warm", "hand")):
             for name in (*fastest, by_hand):
                 if {case, name} <= self.seconds.keys():
@@ -232,7 +241,7 @@ class Bench:
         self.records.append(record(BENCH, self._case(case), "seconds", seconds, "s", **more))
 
     def _case(self, case: str) -> str:
-        return f"{self._shape}/{self._trials}_trials/{case}"
+        return f"{self._trials}_trials/{self._shape}/{case}"
 
 
 def main() -> None:

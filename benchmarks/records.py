@@ -76,8 +76,8 @@ def headline_table() -> str:
     """Return the README's small table: what rayft reaches, beside what it is compared with."""
     demo, step, squeeze = cases("demo"), cases("train_step", BATCHES), cases("squeeze_speed", everywhere=True)
     vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
-    whole = cases("sweep_makespan", "1*")
-    trials = "135m/16_trials"
+    whole = cases("sweep_makespan", "*_trials/1*")
+    trials = "16_trials/135m"
     fastest, how = next(iter(_by_tune(whole, trials).items()))
     tune, beside = whole[f"{trials}/{fastest}"], _beside(whole, trials, fastest)
     squeezed = [case for case in demo if "@r" in case]
@@ -93,13 +93,13 @@ def headline_table() -> str:
     }
     gpu = squeeze["llama8b_r64_to_r16/gpu"]
     rate = "{:,.0f} tokens/s"
-    mixed = "32_adapters/1b/32rows/inprocess"
+    mixed = "32_adapters/1b/32rows"
     served = {
         name: _cell(vllm[case], "tokens_per_s", rate)
         for name, case in (
             ("rayft", mixed),
             ("stock", f"stock/{mixed}"),
-            ("base", "vllm/base/1b/32rows/inprocess"),
+            ("base", "vllm/base/1b/32rows"),
         )
     }
     rows = [
@@ -131,7 +131,11 @@ def headline_table() -> str:
 
 def _gpu(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the short name of the GPU on which a case was measured, such as H100."""
-    device = next(iter(metrics.values()))["device"]
+    return gpu_name(next(iter(metrics.values()))["device"])
+
+
+def gpu_name(device: str) -> str:
+    """Return the short name of a result's GPU, such as H100."""
     return re.sub(r".*NVIDIA (\w+).*", r"\1", device)
 
 
@@ -312,9 +316,9 @@ def packed_trainer_table() -> str:
 def sweep_table() -> str:
     """Return the tables of a whole sweep beside the same trials by Tune, and of where its seconds go."""
     # 135 M and 1 B are measured on a GPU.
-    found, spent = cases("sweep_makespan", "1*"), cases("sweep_overhead", "1*")
-    place = next(case for case in found if case.startswith("135m/")).rpartition("/")[0]
-    shape = place.split("/")[0]
+    found, spent = cases("sweep_makespan", "*_trials/1*"), cases("sweep_overhead", "1*")
+    place = next(case for case in found if "/135m/" in case).rpartition("/")[0]
+    shape = place.split("/")[1]
     lines = ["| `rayft sweep` | seconds | over nothing set |", "| --- | --- | --- |"]
     titles = {
         "cold": ("first on its machine", ""),
@@ -380,7 +384,7 @@ def _by_hand(found: Cases, spent: Cases) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for place in (case.removesuffix("/hand") for case in found if case.endswith("/hand")):
-        shape, trials = place.split("/")
+        trials, shape = place.split("/")
         whole = [
             _ratio(found, f"{place}/{case}", f"{place}/{hand}")
             for case, hand in (("cold", "hand_cold"), ("warm", "hand"))
@@ -525,13 +529,11 @@ def data_prepare_table() -> str:
     for item in load("data_prepare"):
         cases.setdefault(item["case"], {})[item["metric"]] = item["value"]
     rows = []
-    for case, found in sorted(
-        cases.items(), key=lambda item: int(item[0].split("/")[1].removesuffix("rows"))
+    for count, found in sorted(
+        (int(case.split("/")[1].removesuffix("rows")), found) for case, found in cases.items()
     ):
-        _, count_text, cores_text = case.split("/")
-        count, cores = int(count_text.removesuffix("rows")), cores_text.removesuffix("cores")
         rows.append(
-            f"| {count:,}, {cores} cores "
+            f"| {count:,}, {found['cores']:.0f} cores "
             f"| {found['alone_ms_per_row']:.2f} ms, {found['alone_own_kib_per_row']:.0f} KiB "
             f"| {found['ms_per_row']:.2f} ms, {found['ms_per_row'] * count / 1000:.0f} s in all "
             f"| {found['first_largest_process']:.1f} GiB | {found['second_start_seconds']:.1f} s "
@@ -567,30 +569,30 @@ def serving_gpu_table() -> str:
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines += ["", _origin_line(kernels)]
     vllm = cases("serve_vllm")
-    for how, title in (("inprocess", "`LLM`, the engine in its process"), ("async", "`AsyncLLM`")):
+    for how, title in (("", "`LLM`, the engine in its process"), ("/async", "`AsyncLLM`")):
         lines += [
             "",
             f"| vLLM's {title} | a decode step | × without LoRA [95 %] | the whole, × without LoRA [95 %] "
             "| tokens/s | vLLM's own LoRA, tokens/s | × that [95 %] |",
             "| --- |" + " --- |" * 6,
         ]
-        base = _cell(vllm[f"vllm/base/1b/32rows/{how}"], "tokens_per_s", "{:,.0f}")
+        base = _cell(vllm[f"vllm/base/1b/32rows{how}"], "tokens_per_s", "{:,.0f}")
         lines.append(f"| without LoRA | | | 1 | {base} | | |")
         for name, rows in (
             ("base", "rows of the base"),
             ("8_adapters", "8 adapters"),
             ("32_adapters", "32 adapters"),
         ):
-            case = f"{name}/1b/32rows/{how}"
+            case = f"{name}/1b/32rows{how}"
             cells = [
-                _cell(vllm[case], "step_ms", "{:.2f} ms"), _interval(vllm[case], "step_over_vllm", "{:.2f}"),
+                _cell(vllm[case], "ms", "{:.2f} ms"), _interval(vllm[case], "step_over_vllm", "{:.2f}"),
                 _interval(vllm[case], "time_over_vllm", "{:.2f}"),
                 _cell(vllm[case], "tokens_per_s", "{:,.0f}"),
                 _cell(vllm[f"stock/{case}"], "tokens_per_s", "{:,.0f}"),
                 _interval(vllm[case], "tokens_over_stock", "{:.2f}"),
             ]  # fmt: skip
             lines.append(f"| {rows} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _origin_line(cases("serve_vllm", "*/32rows/*"))])
+    return "\n".join([*lines, "", _origin_line(cases("serve_vllm", "*/32rows*"))])
 
 
 def serving_http_table() -> str:
