@@ -34,6 +34,8 @@ from rayft.report.record import Score
 
 __all__ = ["Harness", "Prompts", "check_harness", "process_model", "served_model"]
 
+REPORTS = ("get_git_commit_hash", "add_env_info")
+"""Functions with which lm_eval describes the machine in its results."""
 RESAMPLES = 10_000
 """Resamples of the bootstrap with which lm_eval estimates some standard errors, whose own standard deviation
 is then 0.7 %. They take 3 s for a perplexity of 5,000 questions; lm_eval's 100,000 would take ten times as
@@ -166,7 +168,7 @@ class Harness:
         from lm_eval import simple_evaluate
 
         try:
-            with _quiet(), _without_git(), _without_forks(), redirect_stdout(io.StringIO()):
+            with _quiet(), _without_reports(), _without_forks(), redirect_stdout(io.StringIO()):
                 found: Any = simple_evaluate(
                     model=model,
                     tasks=self.tasks,
@@ -388,20 +390,23 @@ def _without_forks() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _without_git() -> Iterator[None]:
-    """Keep lm_eval from asking git for a commit: outside of a repository, git complains in the terminal."""
+def _without_reports() -> Iterator[None]:
+    """Keep lm_eval from asking git and pip about this machine.
+
+    That takes a second for each target, and rayft does not use it. Outside of a repository, git complains in
+    the terminal.
+    """
     from lm_eval import evaluator
 
-    asks = getattr(evaluator, "get_git_commit_hash", None)
-    if asks is None:
-        # A release of lm_eval that asks in another way; the complaint does no harm.
-        yield
-        return
-    evaluator.get_git_commit_hash = lambda: None
+    # Another release of lm_eval may ask in another way, which does no harm.
+    asks = {name: one for name in REPORTS if (one := getattr(evaluator, name, None)) is not None}
+    for name in asks:
+        setattr(evaluator, name, lambda *_: None)
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = asks
+        for name, one in asks.items():
+            setattr(evaluator, name, one)
 
 
 @contextmanager

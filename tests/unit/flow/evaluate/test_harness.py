@@ -45,9 +45,12 @@ def include(here: Here, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is forked while this one has threads may never end."""
+def _only_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbid lm_eval to fork, because such a process may never end, and to list what is installed."""
     monkeypatch.setattr("os.fork", lambda: pytest.fail("lm_eval forks"))
+    monkeypatch.setattr(
+        "torch.utils.collect_env.get_pretty_env_info", lambda: pytest.fail("it lists packages")
+    )
 
 
 def ask(*targets: str, tasks: tuple[str, ...] = TASKS, **options: Any) -> EvaluateRequest:
