@@ -118,10 +118,16 @@ class Registry(Protocol):
         """
         ...
 
-    def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
+    def fetch(self, ref: AdapterRef | str, folder: str | Path, most: int | None = None) -> Path:
         """Return the local adapter folder `folder`/<content hash>, and download it if it does not exist.
 
+        Args:
+            ref: the adapter.
+            folder: where fetched adapters are.
+            most: largest number of bytes that are downloaded; None for any number.
+
         Raises:
+            ArtifactError: if the files have more bytes than `most`; nothing is downloaded then.
             RegistryError: if the adapter is not in the registry, or its files have changed since.
         """
         ...

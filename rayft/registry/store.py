@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
@@ -85,10 +85,16 @@ class MlflowRegistry:
         found = matching[0]
         return replace(ref, version=found.number, content_hash=found.content_hash, uri=found.uri)
 
-    def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
+    def fetch(self, ref: AdapterRef | str, folder: str | Path, most: int | None = None) -> Path:
         """Return the local adapter folder `folder`/<content hash>; download it if it is missing or damaged.
 
+        Args:
+            ref: the adapter.
+            folder: where fetched adapters are.
+            most: largest number of bytes that are downloaded; None for any number.
+
         Raises:
+            ArtifactError: if the files have more bytes than `most`; nothing is downloaded then.
             RegistryError: if there is no such version, or its files can't be downloaded.
             DiskFullError: if there is no space for them.
         """
@@ -100,9 +106,21 @@ class MlflowRegistry:
             )
         target = Path(folder) / resolved.content_hash
         if not holds(target, resolved.content_hash):
+            if most is not None:
+                self._check_size(resolved, most)
             with room_on(target.parent):
                 self._fetch(resolved, target)
         return target
+
+    def _check_size(self, ref: AdapterRef, most: int) -> None:
+        with _downloads(ref):
+            files = list_artifacts(ref.uri, tracking_uri=self.uri)
+        size = sum(file.file_size or 0 for file in files)
+        if size > most:
+            raise ArtifactError(
+                f"{ref} has {size:,} bytes, more than the {most:,} that are accepted; squeeze it, or raise "
+                "max_adapter_bytes"
+            )
 
     def _fetch(self, resolved: AdapterRef, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,14 +154,8 @@ class MlflowRegistry:
                 return False
 
     def _download(self, ref: AdapterRef, folder: Path) -> Path:
-        try:
-            with room_on(folder):
-                return Path(download_artifacts(ref.uri, dst_path=str(folder), tracking_uri=self.uri))
-        except (MlflowException, OSError) as error:
-            raise RegistryError(
-                f"the files of {ref} can't be downloaded from {ref.uri}; restore them, or register it again "
-                f"({error})"
-            ) from error
+        with _downloads(ref), room_on(folder):
+            return Path(download_artifacts(ref.uri, dst_path=str(folder), tracking_uri=self.uri))
 
     def _versions(self, client: MlflowClient, name: str) -> list[AdapterVersion]:
         model = _model(client, name)
@@ -241,6 +253,17 @@ def _version(version: ModelVersion, aliases: Mapping[str, object]) -> AdapterVer
         aliases=tuple(sorted(alias for alias, target in aliases.items() if int(str(target)) == number)),
         tags=dict(version.tags),
     )
+
+
+@contextlib.contextmanager
+def _downloads(ref: AdapterRef) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"the files of {ref} can't be downloaded from {ref.uri}; restore them, or register it again "
+            f"({error})"
+        ) from error
 
 
 def _check_content(folder: Path, ref: AdapterRef) -> None:

@@ -83,6 +83,8 @@ def test_without_a_key_nothing_is_answered(server: Server) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
         assert server.ask("small", key).status_code == 401
     assert server.call("GET", "/readyz", None).json()["status"] == "ready"
+    assert server.call("GET", "/healthz", None).json() == {"status": "ok", "engine": None}
+    assert server.call("GET", "/healthz", USER).json()["engine"]["alive"]
     assert server.call("GET", "/", None).headers["content-type"].startswith("text/html")
 
 

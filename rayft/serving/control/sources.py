@@ -76,7 +76,7 @@ def find(
             raise BadRequestError(NO_REGISTRY, param="source")
         check_folder(Path(fetched).expanduser(), "fetched")
         ref, aliases, score = _registered(source, registry)
-        folder, version = registry.fetch(ref, fetched), ref.version or 0
+        folder, version = registry.fetch(ref, fetched, parse_bytes(max_bytes)), ref.version or 0
     elif "://" in source:
         folder = _fetch(source, Path(fetched), parse_bytes(max_bytes))
     else:

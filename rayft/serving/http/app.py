@@ -96,9 +96,9 @@ async def alive() -> PlainTextResponse:
 
 
 @router.get("/healthz")
-async def healthz(gateway: Replicas) -> Health:
-    """Report that this process is alive and, if a replica is up, what its engine has done."""
-    engine: Any = await gateway.engine()
+async def healthz(request: Request, gateway: Replicas) -> Health:
+    """Report that this process is alive and, to callers with a key, what the engine of a replica has done."""
+    engine: Any = await gateway.engine() if _has_key(request) else None
     return {"status": "ok", "engine": engine}
 
 
@@ -235,10 +235,17 @@ class _EventStream(StreamingResponse):
 
 def _reason(request: Request, error: Exception) -> str:
     """Return why requests can't be answered; only callers with a key may read it in full, with paths."""
-    with suppress(RequestError):
-        identify(request.app.state.keys, request.headers.get("authorization"))
+    if _has_key(request):
         return str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
     return error.public if isinstance(error, NoReplicaError) else type(error).__name__
+
+
+def _has_key(request: Request) -> bool:
+    """Return whether a request has a known key, or none is configured."""
+    with suppress(RequestError):
+        identify(request.app.state.keys, request.headers.get("authorization"))
+        return True
+    return False
 
 
 class _Application(FastAPI):

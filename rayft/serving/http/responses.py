@@ -224,7 +224,7 @@ class Health(TypedDict):
 
     status: Literal["ok"]
     engine: EngineHealth | None
-    """The engine of one replica; null if no replica is up."""
+    """The engine of one replica; null if no replica is up, or for callers without a key."""
 
 
 class Readiness(TypedDict):

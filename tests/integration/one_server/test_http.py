@@ -37,7 +37,7 @@ class Server:
         return str(made.choices[0].message.content)
 
     def engine(self) -> dict[str, int]:
-        found: dict[str, int] = httpx.get(f"{self.url}/healthz").json()["engine"]
+        found: dict[str, int] = httpx.get(f"{self.url}/healthz", headers=HEADERS).json()["engine"]
         return found
 
     def post(self, path: str, **body: Any) -> httpx.Response:

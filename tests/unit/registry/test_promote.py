@@ -25,7 +25,7 @@ class Shelf:
     def resolve(self, ref: AdapterRef | str) -> AdapterRef:
         raise NotImplementedError
 
-    def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
+    def fetch(self, ref: AdapterRef | str, folder: str | Path, most: int | None = None) -> Path:
         raise NotImplementedError
 
     def alias(self, name: str, alias: str, version: int) -> None:

@@ -37,6 +37,19 @@ def test_a_registered_adapter_is_resolved_and_fetched(
     assert registry.fetch("models:/sums/1", tmp_path / "cache") == fetched
 
 
+def test_an_adapter_that_is_too_large_is_not_downloaded(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    size = sum(path.stat().st_size for path in adapter(1).iterdir())
+    with pytest.raises(
+        ArtifactError, match=f"models:/sums/1 has {size:,} bytes, more than the {size - 1:,} "
+    ):
+        registry.fetch("models:/sums/1", tmp_path / "cache", size - 1)
+    assert not (tmp_path / "cache").exists()
+    assert registry.fetch("models:/sums/1", tmp_path / "cache", size).is_dir()
+
+
 @pytest.mark.parametrize("tag", ["{tmp}/outside/a", "../outside/a", "..", ".", ""])
 def test_the_tag_of_a_content_is_no_path(
     registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path, tag: str

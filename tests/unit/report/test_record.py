@@ -27,8 +27,8 @@ def test_a_missing_record_says_what_to_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "where"),
-    [("", "", "file"), ('"seed":17', '"seed":"x"', "seed"), ('"format":1', '"format":2', "format"),
-     ('"question"', '"questoin"', "question")],
+    [("", "", "Invalid JSON: EOF"), ('"seed":17', '"seed":"x"', "seed"),
+     ('"format":1', '"format":2', "format"), ('"question"', '"questoin"', "question")],
 )  # fmt: skip
 def test_a_damaged_record_says_where(old: str, new: str, where: str, tmp_path: Path) -> None:
     text = example().model_dump_json()
