@@ -393,7 +393,7 @@ def _without_forks() -> AbstractContextManager[None]:
 def _without_reports() -> Iterator[None]:
     """Keep lm_eval from asking git and pip about this machine.
 
-    That takes a second for each target, and rayft does not use it. Outside of a repository, git complains in
+    That takes 0.3 s for each target, and rayft does not use it. Outside of a repository, git complains in
     the terminal.
     """
     from lm_eval import evaluator
