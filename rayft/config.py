@@ -54,6 +54,8 @@ SINCE = "since"
 """Key in a field's `json_schema_extra`: the version that added the field, if it was added after 0.1.0."""
 FORMER = "former"
 """Key in a field's `json_schema_extra`: the default that the field had before, if that has changed."""
+SHOWN = 3
+"""Number of problems that a message in one line has."""
 
 
 class Section(BaseModel):
@@ -193,19 +195,24 @@ def config_errors(where: str = "") -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise ConfigError(where + in_one_line(error)) from error
+        raise ConfigError(where + "; ".join(_problems(error))) from error
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the message of an error in one line; of a `ValidationError`, its problems with their places."""
+    """Return an error as one line; a `ValidationError` as its first problems with their places."""
     if not isinstance(error, ValidationError):
         return (str(error).splitlines() or [type(error).__name__])[0]
+    first, more = _problems(error)[:SHOWN], error.error_count() - SHOWN
+    return "; ".join(first) + (f"; and {more} more" if more > 0 else "")
+
+
+def _problems(error: ValidationError) -> list[str]:
     found = []
     for problem in error.errors():
         place = ".".join(map(str, problem["loc"]))
         message = str(problem["msg"]).removeprefix("Value error, ")
         found.append(f"{place}: {message}" if place else message)
-    return "; ".join(found)
+    return found
 
 
 def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

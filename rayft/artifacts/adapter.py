@@ -33,7 +33,7 @@ from rayft.artifacts.read import FLOATS, assemble, check_selector, check_spectru
 from rayft.errors import ArtifactError, BaseMismatchError, RayftError, SqueezeError
 from rayft.methods.base import LoraFactors
 
-__all__ = ["AdapterArtifact", "check_prefix", "folder_bytes"]
+__all__ = ["AdapterArtifact", "check_prefix", "folder_bytes", "holds"]
 
 LARGE = 2**26
 """Bytes from which threads save time; with less, handing tensors over takes longer than their hashes."""

@@ -14,6 +14,7 @@ from rayft.config import (
     SINCE,
     Section,
     content_hash,
+    in_one_line,
     leaves,
     load,
     nearest,
@@ -454,3 +455,14 @@ def test_a_value_is_written_as_yaml_on_one_line() -> None:
         assert read_yaml(f"key: {text}")["key"] == value
         assert read_yaml(yaml_text({"b": value, "a": value})) == {"b": value, "a": value}
     assert [*read_yaml(yaml_text({"1e5": 1, "a": 2}))] == ["1e5", "a"]
+
+
+def test_an_error_is_said_in_one_line() -> None:
+    with pytest.raises(ValidationError) as many:
+        Root.model_validate({"steps": "x", "optim": {"lr": 11}, **{f"unknown{n}": 1 for n in range(9)}})
+    assert in_one_line(many.value) == (
+        "optim: lr is above 10; use less; steps: Input should be a valid integer, unable to parse string as "
+        "an integer; unknown0: Extra inputs are not permitted; and 8 more"
+    )
+    assert in_one_line(OSError("first\nsecond")) == "first"
+    assert in_one_line(TimeoutError()) == "TimeoutError"
