@@ -15,7 +15,17 @@ from functools import cached_property
 from rayft.errors import BadRequestError, UnknownModelError
 from rayft.serving.messages import BASE_NAME, NAME
 
-__all__ = ["Asked", "Deployed", "Served", "loaded", "parse_model", "promoted", "rolled_back", "unloaded"]
+__all__ = [
+    "Asked",
+    "Deployed",
+    "Served",
+    "loaded",
+    "parse_model",
+    "promoted",
+    "rolled_back",
+    "unloaded",
+    "unserved",
+]
 
 
 @dataclass(frozen=True)
@@ -86,9 +96,7 @@ class Served:
         mine = self.of(asked.name)
         if not mine:
             known = ", ".join([BASE_NAME, *self.names()])
-            raise UnknownModelError(
-                f"no model '{asked.text}' is served here; served are {known}", param="model"
-            )
+            raise UnknownModelError(f"{unserved(asked.text)}; served are {known}", param="model")
         if asked.which is not None:
             for deployed in mine:
                 if asked.which == str(deployed.version) or asked.which in deployed.aliases:
@@ -137,9 +145,14 @@ class Asked:
         return self.name if self.which is None else f"{self.name}@{self.which}"
 
 
+def unserved(model: str) -> str:
+    """Return how the message of an error begins if a request's `model` is the name of nothing here."""
+    return f"no model '{model}' is served here"
+
+
 def parse_model(text: str) -> Asked:
     """Split `name`, `name@3`, `name@alias`, `name@r8` or `name@3@r8`; any other text is a name as a whole."""
-    found = re.fullmatch(rf"({NAME})(?:@(?!r\d+(?:@|$))([A-Za-z0-9._-]+))?(?:@r(\d{{1,6}}))?", text)
+    found = re.fullmatch(rf"({NAME})(?:@(?!r[0-9]+(?:@|$))([A-Za-z0-9._-]+))?(?:@r([0-9]{{1,6}}))?", text)
     if found is None:
         return Asked(text, text)
     return Asked(text, found[1], found[2], int(found[3]) if found[3] else None)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter
 
 from rayft.errors import (
     RayftError,
+    RequestError,
     RequestTimeoutError,
     ResourceError,
     TooManyRequestsError,
     UnknownModelError,
 )
 from rayft.serving.answers import Inbox, Incoming
-from rayft.serving.control.state import Deployed, Served, parse_model
+from rayft.serving.control.state import Deployed, Served, parse_model, unserved
 from rayft.serving.http.auth import Caller
 from rayft.serving.http.calls import Calls
 from rayft.serving.http.responses import AdapterEntry, AdapterList, Listed, ModelEntry, Readiness
@@ -72,6 +75,7 @@ class Gateway:
         self._replicas_answer = Waiting("Replica", *waiting, refused.inc)
         self._director_answers = Waiting("Director", waiting[0], DIRECTOR_SECONDS, refused.inc)
         self._created = int(time.time())
+        self._readiness: asyncio.Task[Readiness] | None = None
 
     async def engine(self) -> dict[str, Any] | None:
         """Return what the engine of one replica has done; None if no replica is up."""
@@ -83,9 +87,16 @@ class Gateway:
     async def readiness(self) -> Readiness:
         """Return which change is served, and how many versions of adapters some replica can't load.
 
+        Calls at the same time share one result: they need no key, and must not fill the replicas' queue.
+
         Raises:
             RayftError, RayError: if the director or the replicas don't answer.
         """
+        if self._readiness is None or self._readiness.done():
+            self._readiness = asyncio.create_task(self._ready())
+        return await asyncio.shield(self._readiness)
+
+    async def _ready(self) -> Readiness:
         number = await self._of_director("number")
         await self._of_replica("serving")
         problems = await self._of_each("problems")
@@ -110,7 +121,8 @@ class Gateway:
         """
         if not caller.may_ask(parse_model(text).name):
             raise _unknown(text)
-        meant = await self._of_replica("meant", text)
+        with _others_hidden(caller, text):
+            meant = await self._of_replica("meant", text)
         for entry in await self.models(caller):
             if (entry["id"], entry.get("version")) == meant:
                 return entry
@@ -167,18 +179,17 @@ class Gateway:
         call = self._calls.add(request, deltas, alone=places is None)
         # Wait for the first delta: until the request is accepted, an error can still become a status.
         try:
-            return await self._replicas_answer.answer(anext(deltas), call.leave), deltas
-        except BaseException as error:
+            with _others_hidden(caller, request.model), _full():
+                return await self._replicas_answer.answer(anext(deltas), call.leave), deltas
+        except BaseException:
             deltas.close()
-            if isinstance(error, BackPressureError):
-                # Ray Serve itself would answer 503.
-                raise TooManyRequestsError(TOO_MANY) from error
             raise
 
     async def _of_replica(self, method: str, *arguments: Any) -> Any:
         """Call one replica; give up soon if none is up."""
         call: Any = getattr(self._replica, method).remote(*arguments)
-        return await self._replicas_answer.answer(call, call.cancel)
+        with _full():
+            return await self._replicas_answer.answer(call, call.cancel)
 
     async def _of_director(self, method: str) -> Any:
         """Call the director; give up soon if it is not up."""
@@ -244,4 +255,25 @@ class Gateway:
 
 def _unknown(model: str) -> UnknownModelError:
     """Return the same error for a name that does not exist as for one that only others' keys may use."""
-    return UnknownModelError(f"no model '{model}' is served here; see /v1/models", param="model")
+    return UnknownModelError(f"{unserved(model)}; see /v1/models", param="model")
+
+
+@contextmanager
+def _others_hidden(caller: Caller, model: str) -> Iterator[None]:
+    """Replace the error that lists what is served if its caller may not use all of that."""
+    try:
+        yield
+    except (RequestError, RayTaskError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if caller.adapters is not None and str(cause).startswith(unserved(model)):
+            raise _unknown(model) from error
+        raise
+
+
+@contextmanager
+def _full() -> Iterator[None]:
+    """Turn Ray Serve's error about a full queue, which it would answer 503, into one that is answered 429."""
+    try:
+        yield
+    except BackPressureError as error:
+        raise TooManyRequestsError(TOO_MANY) from error

@@ -25,7 +25,7 @@ from rayft.errors import UnknownModelError
 from rayft.serving.build import APPLICATION
 from rayft.serving.http.errors import describe_error
 from rayft.serving.http.schemas import CompletionRequest
-from tests.integration.one_server.server import BODY_BYTES
+from tests.integration.one_server.server import BODY_BYTES, USER_KEY
 from tests.integration.one_server.server import Server as Shared
 from tests.integration.serving import HEADERS, Base, description, replica_stats
 
@@ -449,3 +449,19 @@ def test_a_link_to_itself_is_refused(server: Server) -> None:
     loop = server.base.root / "loop"
     loop.symlink_to(loop)
     refused(server.post("adapters", {"name": "a", "source": str(loop)}), "source")
+
+
+@pytest.mark.parametrize("model", ["base@1", "base@r2", "still", "nobody"])
+def test_a_users_key_is_told_no_names_of_others(server: Server, model: str) -> None:
+    key = f"Bearer {USER_KEY}"
+    answers = [
+        server.send("GET", f"/v1/models/{model}", Authorization=key),
+        server.send(
+            "POST", "/v1/completions", json.dumps({**TEXT, "model": model}).encode(), Authorization=key
+        ),
+    ]
+    for answer in answers:
+        assert (answer.status_code, refused(answer)) == (
+            404,
+            f"no model '{model}' is served here; see /v1/models",
+        )

@@ -34,6 +34,7 @@ def versions(served: Served, name: str = "a") -> list[tuple[int, str]]:
         ("a@champion@r8", "a", "champion", 8),
         ("a@r8@r4", "a@r8@r4", None, None),
         ("org/model", "org/model", None, None),
+        ("a@r７", "a@r７", None, None),
         ("a@", "a@", None, None),
         ("", "", None, None),
     ],

@@ -8,14 +8,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 
-from rayft.errors import BadRequestError, RequestError, ResourceError, TooManyRequestsError
+from rayft.errors import (
+    BadRequestError,
+    RequestError,
+    ResourceError,
+    TooManyRequestsError,
+    UnknownModelError,
+)
 from rayft.serving.answers import Inbox, Outbox
+from rayft.serving.control.state import Served, parse_model
 from rayft.serving.http import calls as calls_module
 from rayft.serving.http import gateway as module
-from rayft.serving.http.auth import ANYONE
+from rayft.serving.http.auth import ANYONE, Caller
 from rayft.serving.http.calls import Asked
+from rayft.serving.http.errors import describe_error
 from rayft.serving.http.gateway import Gateway
 from rayft.serving.http.schemas import CompletionRequest
 from rayft.serving.messages import Delta
@@ -278,3 +287,92 @@ def test_it_is_ready_while_the_engine_of_a_replica_runs(replicas: list[Any], fou
             inbox.close()
 
     assert asyncio.run(readiness()) == found
+
+
+def replicas(**methods: Callable[..., Awaitable[Any]]) -> Any:
+    """Return a handle of replicas, or of the director, with these methods."""
+
+    def called(method: Callable[..., Awaitable[Any]]) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *given: _Call(asyncio.ensure_future(method(*given))))
+
+    made: Any = {name: called(method) for name, method in methods.items()}
+    made.setdefault("answer", None)
+    options = SimpleNamespace(answer=made["answer"])
+    return SimpleNamespace(_init=lambda **_: None, options=lambda **_: options, **made)
+
+
+async def with_gateway(replica: Any, director: Any, use: Callable[[Gateway], Awaitable[Any]]) -> Any:
+    inbox = await Inbox.open("127.0.0.1")
+    try:
+        return await use(Gateway(replica, director, (1.0, 20.0), inbox))
+    finally:
+        inbox.close()
+
+
+def unknown(model: str) -> RayTaskError:
+    """Return the error of a replica that serves an adapter of another caller, and not this model."""
+    versions: Any = (SimpleNamespace(name="secret"),)
+    try:
+        Served(versions=versions).pick(parse_model(model))
+    except UnknownModelError as error:
+        return RayTaskError("meant", "", error)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("model", ["base@1", "base@r2", "mine"])
+def test_an_error_names_no_adapters_of_others(model: str) -> None:
+    async def fail(*_: Any) -> Any:
+        raise unknown(model)
+
+    async def both(caller: Caller) -> list[str]:
+        async def use(gateway: Gateway) -> list[str]:
+            body = CompletionRequest(model=model, prompt="a")
+            calls = [gateway.model(caller, model), gateway.generate(caller, body)]
+            errors: Any = await asyncio.gather(*calls, return_exceptions=True)
+            return [describe_error(error)[1]["error"]["message"] for error in errors]
+
+        found: list[str] = await with_gateway(replicas(meant=fail, answer=fail), replicas(), use)
+        return found
+
+    for message in asyncio.run(both(Caller("ann", False, ("base", "mine")))):
+        assert message == f"no model '{model}' is served here; see /v1/models"
+    for message in asyncio.run(both(ANYONE)):
+        assert "served are base, secret" in message
+
+
+def test_a_full_queue_is_answered_429_whatever_is_asked() -> None:
+    async def full(*_: Any) -> Any:
+        raise BackPressureError(1, 1)
+
+    async def number() -> int:
+        return 1
+
+    async def use(gateway: Gateway) -> None:
+        for call in (gateway.models(ANYONE), gateway.model(ANYONE, "base"), gateway.readiness()):
+            with pytest.raises(TooManyRequestsError):
+                await call
+
+    replica = replicas(models=full, meant=full, serving=full)
+    asyncio.run(with_gateway(replica, replicas(number=number), use))
+
+
+def test_questions_at_the_same_time_whether_it_is_ready_are_one() -> None:
+    calls: list[int] = []
+
+    async def number() -> int:
+        calls.append(1)
+        await asyncio.sleep(0.05)
+        raise ResourceError(f"failure {len(calls)}")
+
+    async def use(gateway: Gateway) -> None:
+        asked = [asyncio.create_task(gateway.readiness()) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        # One that leaves does not take the answer from the others.
+        asked[0].cancel()
+        first, *others = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(first, asyncio.CancelledError)
+        assert [str(one) for one in others] == ["failure 1"] * 4
+        with pytest.raises(ResourceError, match="failure 2"):
+            await gateway.readiness()
+
+    asyncio.run(with_gateway(replicas(), replicas(number=number), use))
