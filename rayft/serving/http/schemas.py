@@ -100,9 +100,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 Null is always accepted.
 """
 
+FIRST = Field(fail_fast=True)
+"""Ends the validation of a list at its first wrong value: errors of 450,000 values take 0.7 GB and 4 s."""
 
 MAX_SCHEMA = 64 * 1024
 """Size of the largest JSON schema that is accepted, in bytes."""
+
+MESSAGE = 16
+"""Number of characters that count for a message without text."""
 
 
 class Strict(BaseModel):
@@ -253,7 +258,7 @@ class TextRequest(Strict):
     """Number of answers to each prompt, sampled independently. The default is 1."""
     stop: (
         Annotated[
-            Annotated[str, Tag("text")] | Annotated[list[str], Tag("list")],
+            Annotated[str, Tag("text")] | Annotated[list[str], FIRST, Tag("list")],
             Discriminator(
                 _text_or_list,
                 custom_error_type="form",
@@ -263,7 +268,7 @@ class TextRequest(Strict):
         | None
     ) = None
     """Strings that end the text and are not part of it; at most four, as in OpenAI's interface."""
-    stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[Token], FIRST, Field(max_length=1024)] | None = None
     """Tokens that end the text and are not part of it, in addition to the model's own."""
     response_format: ResponseFormat | None = None
     """Form of the answer: `text`, or one of JSON, which the engine on GPUs supports."""
@@ -362,7 +367,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("list")],
+        Annotated[str, Tag("text")] | Annotated[list[Part], FIRST, Field(min_length=1), Tag("list")],
         Discriminator(
             _text_or_list,
             custom_error_type="form",
@@ -393,7 +398,7 @@ class ChatRequest(TextRequest):
 
     neutral = {**NEUTRAL, "echo": (False,)}
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FIRST, Field(min_length=1)]
     """The conversation so far."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of `max_tokens`."""
@@ -423,7 +428,8 @@ class ChatRequest(TextRequest):
     @property
     def characters(self) -> int:
         """Number of characters that have to be tokenized."""
-        return sum(len(message.plain()["content"]) for message in self.messages)
+        # Templates write some text for each message, and may write its reasoning.
+        return sum(MESSAGE + sum(map(len, message.plain().values())) for message in self.messages)
 
 
 def _form_of_prompt(value: object) -> str | None:
@@ -445,9 +451,11 @@ class CompletionRequest(TextRequest):
 
     prompt: Annotated[
         Annotated[str, Tag("text")]
-        | Annotated[list[int], Tag("tokens")]
-        | Annotated[list[str], Field(max_length=128), Tag("texts")]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=128), Tag("token lists")],
+        | Annotated[list[int], FIRST, Tag("tokens")]
+        | Annotated[list[str], FIRST, Field(max_length=128), Tag("texts")]
+        | Annotated[
+            list[Annotated[list[int], FIRST]], FIRST, Field(min_length=1, max_length=128), Tag("token lists")
+        ],
         Discriminator(
             _form_of_prompt,
             custom_error_type="form",

@@ -154,3 +154,18 @@ def test_a_client_that_leaves_when_its_answer_is_ready_does_not_interrupt_the_re
         await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_client_that_leaves_while_it_sends_its_body_is_no_error(client: TestClient, path: str) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 499

@@ -7,6 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
+from pydantic import ValidationError
 
 from rayft.errors import BadRequestError
 from rayft.serving.http.app import create_app
@@ -302,3 +303,32 @@ def test_a_prompt_is_a_text_or_token_ids_or_a_list_of_either() -> None:
         with pytest.raises(BadRequestError) as caught:
             text(prompt=wrong)
         assert caught.value.param == place
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {**TEXT, "prompt": [1, *[""] * 1000]}),
+        (CompletionRequest, {**TEXT, "prompt": ["a", *[1] * 100]}),
+        (CompletionRequest, {**TEXT, "prompt": [[1], *[1] * 100]}),
+        (CompletionRequest, {**TEXT, "prompt": [[1], [""] * 1000]}),
+        (CompletionRequest, {**TEXT, "stop": [1] * 1000}),
+        (CompletionRequest, {**TEXT, "stop_token_ids": [""] * 1000}),
+        (ChatRequest, {**CHAT, "messages": [{}] * 1000}),
+        (ChatRequest, {**CHAT, "messages": [1] * 1000}),
+        (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": [{}] * 1000}]}),
+    ],
+)
+def test_a_list_is_refused_at_its_first_wrong_value(kind: type[TextRequest], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 2
+
+
+def test_messages_without_text_count_as_characters() -> None:
+    def characters(**message: str) -> int:
+        body = {**CHAT, "messages": [{"role": "assistant", "content": "", **message}] * 100}
+        return ChatRequest.model_validate(body).characters
+
+    assert characters() >= 1000
+    assert characters(reasoning_content="a" * 1000) >= 100_000
