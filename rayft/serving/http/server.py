@@ -9,6 +9,7 @@ import time
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rayft.errors import ResourceError
 
@@ -22,6 +23,31 @@ WAITING = 2048
 
 KEEP_SECONDS = 75
 """Time for which a connection without requests is kept."""
+
+
+LONGEST_HEAD = 2**16
+"""Most bytes of a request's line and headers; more are accepted only if they come at once."""
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, with a limit on what is neither a body nor complete; httptools itself has none."""
+
+    _waiting = 0
+    """Number of bytes since the last complete head or part of a body."""
+
+    def data_received(self, data: bytes) -> None:
+        self._waiting += len(data)
+        super().data_received(data)
+        if self._waiting > LONGEST_HEAD and not self.transport.is_closing():
+            self.send_400_response(f"The headers have more than {LONGEST_HEAD} bytes.")
+
+    def on_headers_complete(self) -> None:
+        self._waiting = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._waiting = 0
+        super().on_body(body)
 
 
 class HttpServer:
@@ -48,6 +74,7 @@ class HttpServer:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=_Protocol,
                 lifespan="off",
                 ws="none",
                 log_config=None,

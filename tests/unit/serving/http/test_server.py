@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -87,3 +89,55 @@ def test_an_address_that_stays_in_use_is_named_with_what_to_do(port: int) -> Non
 def test_an_address_of_another_machine_is_refused_at_once(port: int) -> None:
     with pytest.raises(ResourceError, match=f"can't listen on 192.0.2.1:{port}"):
         asyncio.run(HttpServer.start(application, "192.0.2.1", port, 60))
+
+
+@pytest.mark.parametrize(
+    ("head", "endless"),
+    [
+        (b"GET /", b"a"),
+        (b"GET / HTTP/1.1\r\na: ", b"a"),
+        (b"GET / HTTP/1.1\r\n", b"a: b\r\n"),
+        (b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2;", b"a"),
+        (b"GET /slow HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n"),
+    ],
+)
+def test_headers_without_an_end_are_refused(port: int, head: bytes, endless: bytes) -> None:
+    async def scenario() -> None:
+        server = await HttpServer.start(application, "127.0.0.1", port, 5)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        with suppress(ConnectionError):
+            for _ in range(100):
+                writer.write(endless * (2**16 // len(endless)))
+                await writer.drain()
+        with suppress(ConnectionError):
+            await asyncio.wait_for(reader.read(), 5)
+        assert not server._server.server_state.connections
+        writer.close()
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_body_may_be_larger_than_headers(port: int) -> None:
+    async def received(scope: Any, receive: Any, send: Any) -> None:
+        more, size = True, 0
+        while more:
+            message = await receive()
+            more, size = message["more_body"], size + len(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b"a" * 10_000
+
+    async def scenario() -> None:
+        server = await HttpServer.start(received, "127.0.0.1", port, 5)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            for content in (b"a" * 400_000, parts()):
+                assert (await client.post("/", content=content)).text == "400000"
+            assert (await client.get("/", headers={"a": "b" * 20_000})).text == "0"
+        await server.stop()
+
+    asyncio.run(scenario())
