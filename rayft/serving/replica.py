@@ -69,6 +69,10 @@ MERGED_SECONDS = 0.02
 """Longest time for which the tokens of an answer are collected before they are sent; the first is sent at
 once."""
 
+TURNS = 2
+"""Number of choices of one request that are in the engine at once, in units of `max_running`. A request may
+have thousands (`n` for each of several prompts), and the engine begins in the order in which it gets them."""
+
 RETRY_SECONDS = 5.0
 """Interval at which a replica tries again to load the adapters that it could not load."""
 
@@ -285,8 +289,9 @@ class Replica:
             meter = self._metrics.meter(lease.name, lease.version, total, started)
             failed = True
             try:
+                turns = asyncio.Semaphore(TURNS * self._config.max_running)
                 choices = [
-                    self._choice(job, each, request, index, total, meter)
+                    self._choice(job, _in_turn(turns, each), request, index, total, meter)
                     for index, (job, each) in enumerate(zip(jobs, steps, strict=True))
                 ]
                 whole: dict[int, list[Delta]] = {}
@@ -449,6 +454,15 @@ class Replica:
             engine.stop()
         if copies is not None and ending():
             copies.remove()
+
+
+async def _in_turn(
+    turns: asyncio.Semaphore, steps: AsyncGenerator[Progress, None]
+) -> AsyncGenerator[Progress, None]:
+    """Wait for a turn, and only then let the engine generate."""
+    async with turns, aclosing(steps):
+        async for step in steps:
+            yield step
 
 
 async def until_beat(seconds: float) -> None:

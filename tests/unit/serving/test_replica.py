@@ -526,6 +526,28 @@ def test_one_choice_that_fails_fails_the_request(replica: Replica, monkeypatch: 
     assert asyncio.run(replica.stats())["engine"]["running"] == 0
 
 
+def test_a_request_with_many_choices_leaves_room_for_others(make_replica: Callable[..., Replica]) -> None:
+    replica = make_replica(max_running=2)
+
+    async def scenario() -> None:
+        running = 0
+
+        async def many() -> list[Delta]:
+            return [delta async for delta in replica.generate(text(["a"] * 8, n=8, max_tokens=20))]
+
+        first = asyncio.create_task(many())
+        while running == 0:
+            await asyncio.sleep(0.01)
+            running = (await replica.stats())["engine"]["running"]
+        assert running <= replica_module.TURNS * 2
+        async for _ in replica.generate(text(max_tokens=1)):
+            pass
+        assert not first.done()
+        assert {delta.index for delta in await first if delta.finish} == set(range(64))
+
+    asyncio.run(scenario())
+
+
 def test_without_a_limit_a_chat_generates_as_many_tokens_as_fit(replica: Replica) -> None:
     request = ChatRequest(model="base", messages=[Message(role="user", content="x" * 400)], temperature=0)
     last = answer(replica, request)[-1]
