@@ -126,9 +126,13 @@ class Guard(SecurityBase):
 
         Raises:
             UnauthorizedError: if the request has no known key.
-            ForbiddenError: if the key must be an admin's and is not.
+            ForbiddenError: if the key must be an admin's and is not, or if no key is needed and a browser
+                sends the request for a page of another site.
         """
-        caller = identify(request.app.state.keys, request.headers.get("authorization"))
+        keys = request.app.state.keys
+        if not keys and request.headers.get("sec-fetch-site") == "cross-site":
+            raise ForbiddenError("this server has no keys, so pages of other sites can't use it; set keys")
+        caller = identify(keys, request.headers.get("authorization"))
         if self._admin and not caller.admin:
             raise ForbiddenError("this operation needs an admin's key")
         return caller
@@ -158,8 +162,8 @@ def _hash(key: KeyConfig) -> str:
         return key.sha256
     try:
         text = os.environ[key.env] if key.env is not None else _in_file(Path(str(key.file)).expanduser())
-        # A variable or a file may hold bytes that are not valid text. No HTTP header could carry such a key.
-        text.encode()
+        # Clients encode other characters in different ways, or can't send them in a header.
+        text.encode("ascii")
     except KeyError as error:
         raise ConfigError(
             f"key '{key.name}': the environment variable {key.env} is not set; set it"
@@ -168,7 +172,7 @@ def _hash(key: KeyConfig) -> str:
         raise ConfigError(f"key '{key.name}' can't be read from its file ({error})") from error
     except UnicodeError as error:
         raise ConfigError(
-            f"key '{key.name}' is not valid text; create one by `openssl rand -hex 24`"
+            f"key '{key.name}' has characters other than ASCII; create one by `openssl rand -hex 24`"
         ) from error
     if len(text.strip()) < 16:
         raise ConfigError(

@@ -9,7 +9,7 @@ import time
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from rayft.errors import ResourceError
 
@@ -30,10 +30,15 @@ LONGEST_HEAD = 2**16
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, with a limit on what is neither a body nor complete; httptools itself has none."""
+    """uvicorn's protocol, with a limit on what is neither a body nor complete; httptools itself has none.
+
+    Of several requests on a connection, uvicorn tells only the last one that the client has left.
+    """
 
     _waiting = 0
     """Number of bytes since the last complete head or part of a body."""
+    _answering: RequestResponseCycle | None = None
+    """The request that is answered; others that the client has sent meanwhile wait for its end."""
 
     def data_received(self, data: bytes) -> None:
         self._waiting += len(data)
@@ -44,6 +49,20 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._waiting = 0
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answering, _ = self.pipeline[-1]
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.pipeline.clear()
+        if self._answering is not None:
+            self._answering.disconnected = not self._answering.response_complete
+            self._answering.message_event.set()
+        super().connection_lost(exc)
 
     def on_body(self, body: bytes) -> None:
         self._waiting = 0

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import Request
 
 from rayft.config import parse
 from rayft.errors import ConfigError
 from rayft.serving.config import ServeConfig
-from rayft.serving.http.auth import KeyConfig, UnauthorizedError, identify, resolved
+from rayft.serving.http.auth import (
+    Caller,
+    ForbiddenError,
+    Guard,
+    KeyConfig,
+    UnauthorizedError,
+    identify,
+    resolved,
+)
 
 SECRET, OTHER = "s3cret-of-the-admin", "s3cret-of-somebody"
 
@@ -47,6 +58,20 @@ def test_anyone_may_call_a_server_without_keys() -> None:
     assert identify([], None).admin
 
 
+def test_pages_of_other_sites_can_not_use_a_server_without_keys() -> None:
+    def ask(*keys: KeyConfig, **headers: str) -> Caller:
+        fields = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        app = SimpleNamespace(state=SimpleNamespace(keys=keys))
+        return asyncio.run(Guard()(Request({"type": "http", "app": app, "headers": fields})))
+
+    with pytest.raises(ForbiddenError, match="has no keys"):
+        ask(sec_fetch_site="cross-site")
+    for site in ("same-origin", "same-site", "none"):
+        assert ask(sec_fetch_site=site).admin
+    key = KeyConfig(name="ann", sha256=sha(SECRET))
+    assert ask(key, sec_fetch_site="cross-site", authorization=f"Bearer {SECRET}").name == "ann"
+
+
 @pytest.mark.parametrize(
     ("key", "word"),
     [
@@ -64,11 +89,13 @@ def test_a_wrong_key_configuration_is_an_error(key: dict[str, Any], word: str) -
 
 def test_a_key_that_can_not_be_used_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHORT", "abc")
+    monkeypatch.setenv("UMLAUT", "Schlüssel-zum-Dienst")
     monkeypatch.setenv("ONE", SECRET)
     for keys, word in (
         ([{"name": "a", "env": "NO_SUCH_KEY"}], "the environment variable NO_SUCH_KEY is not set"),
         ([{"name": "a", "file": str(tmp_path / "none")}], "No such file"),
         ([{"name": "a", "env": "SHORT"}], "fewer than 16"),
+        ([{"name": "a", "env": "UMLAUT"}], "characters other than ASCII"),
         ([{"name": "a", "env": "ONE"}, {"name": "b", "env": "ONE"}], "two keys are equal"),
     ):
         with pytest.raises(ConfigError, match=word):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -117,6 +117,35 @@ def test_headers_without_an_end_are_refused(port: int, head: bytes, endless: byt
         await server.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_request_learns_that_the_client_has_left_while_others_wait_for_it(port: int) -> None:
+    seen: list[str] = []
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        seen.append(message["type"])
+
+    async def scenario() -> None:
+        server = await HttpServer.start(waits, "127.0.0.1", port, 5)
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"".join(b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(3)))
+        while not seen:
+            await asyncio.sleep(0.01)
+        writer.close()
+        await asyncio.wait_for(_until(lambda: len(seen) > 1), 5)
+        await asyncio.sleep(0.1)
+        assert seen == ["/0", "http.disconnect"]
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
+async def _until(ready: Callable[[], bool]) -> None:
+    while not ready():
+        await asyncio.sleep(0.01)
 
 
 def test_a_body_may_be_larger_than_headers(port: int) -> None:
