@@ -284,14 +284,13 @@ class Replica:
             jobs = await self._jobs(request, lease)
             total = sum(len(job.prompt) for job in jobs) // request.choices
             # Before the request is accepted, so that one that the engine refuses is answered 400.
-            steps = [self._engine.submit(job) for job in jobs]
+            steps = in_turns([self._engine.submit(job) for job in jobs], TURNS * self._config.max_running)
             yield Delta("", total, 0, fingerprint=lease.content_hash)
             meter = self._metrics.meter(lease.name, lease.version, total, started)
             failed = True
             try:
-                turns = asyncio.Semaphore(TURNS * self._config.max_running)
                 choices = [
-                    self._choice(job, _in_turn(turns, each), request, index, total, meter)
+                    self._choice(job, each, request, index, total, meter)
                     for index, (job, each) in enumerate(zip(jobs, steps, strict=True))
                 ]
                 whole: dict[int, list[Delta]] = {}
@@ -456,13 +455,18 @@ class Replica:
             copies.remove()
 
 
-async def _in_turn(
-    turns: asyncio.Semaphore, steps: AsyncGenerator[Progress, None]
-) -> AsyncGenerator[Progress, None]:
-    """Wait for a turn, and only then let the engine generate."""
-    async with turns, aclosing(steps):
-        async for step in steps:
-            yield step
+def in_turns(
+    choices: list[AsyncGenerator[Progress, None]], most: int
+) -> list[AsyncGenerator[Progress, None]]:
+    """Let the engine generate at most so many choices at once; the others wait for their turn."""
+    turns = asyncio.Semaphore(most)
+
+    async def in_turn(steps: AsyncGenerator[Progress, None]) -> AsyncGenerator[Progress, None]:
+        async with turns, aclosing(steps):
+            async for step in steps:
+                yield step
+
+    return [in_turn(steps) for steps in choices] if len(choices) > most else choices
 
 
 async def until_beat(seconds: float) -> None:
