@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import ray.serve as ray_serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.request_router import RequestRouter
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
@@ -27,6 +27,7 @@ __all__ = [
     "Called",
     "NoReplicaError",
     "Waiting",
+    "cause_of",
     "ending",
     "error_of",
     "register",
@@ -183,6 +184,11 @@ async def _controllers_reason() -> str:
 def start_error() -> str | None:
     """Return why a replica did not start, or None if Ray Serve does not know (see `error_of`)."""
     return error_of(ray_serve.status().applications.get(APPLICATION))
+
+
+def cause_of(error: Exception) -> Exception:
+    """Return the error itself, or if another process raised it there, the error as it was raised."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def error_of(application: ApplicationStatusOverview | None) -> str | None:

@@ -458,7 +458,12 @@ class Replica:
 def in_turns(
     choices: list[AsyncGenerator[Progress, None]], most: int
 ) -> list[AsyncGenerator[Progress, None]]:
-    """Let the engine generate at most so many choices at once; the others wait for their turn."""
+    """Limit how many choices of a request the engine generates at once; the others wait for their turn.
+
+    Args:
+        choices: the choices, none of which has begun.
+        most: largest number at once.
+    """
     turns = asyncio.Semaphore(most)
 
     async def in_turn(steps: AsyncGenerator[Progress, None]) -> AsyncGenerator[Progress, None]:

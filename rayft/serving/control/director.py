@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.serve as ray_serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -30,7 +30,7 @@ from rayft.serving.control import sources, state
 from rayft.serving.control.admission import BaseModel
 from rayft.serving.control.copies import TOUCH_SECONDS, Copies, Record
 from rayft.serving.control.state import Deployed, Served
-from rayft.serving.presence import ending
+from rayft.serving.presence import cause_of, ending
 
 __all__ = ["Director", "DirectorDeployment", "initial"]
 
@@ -340,7 +340,7 @@ def _gone(error: Exception) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = cause_of(error)
     return cause if isinstance(cause, RayftError) else ResourceError(f"a replica failed: {cause}")
 
 

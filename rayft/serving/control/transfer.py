@@ -12,13 +12,14 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from rayft.artifacts import holds
 from rayft.errors import RayftError, ResourceError
 from rayft.serving.control.copies import Copies
 from rayft.serving.control.state import Deployed
+from rayft.serving.presence import cause_of
 
 __all__ = ["PART_BYTES", "receive"]
 
@@ -73,7 +74,7 @@ async def _answer(call: Awaitable[Result], seconds: float) -> Result:
             f"the director did not send its copy of the adapter: no answer in {seconds:g} seconds; try again"
         ) from error
     except (RayError, RayServeException) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
+        cause = cause_of(error)
         if isinstance(cause, RayftError):
             raise cause from error
         raise ResourceError(f"the director did not send its copy of the adapter: {cause}") from error

@@ -16,6 +16,7 @@ from starlette.routing import Match
 from rayft.errors import BadRequestError, RayftError, RequestError
 from rayft.serving.http.body import where
 from rayft.serving.http.responses import ErrorAnswer
+from rayft.serving.presence import cause_of
 
 __all__ = ["EXPECTED", "LOST", "RETRY_SECONDS", "answer_error", "describe_error"]
 
@@ -48,7 +49,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 
 def describe_error(error: Exception) -> tuple[int, ErrorAnswer]:
     """Return the status and the body that answer an error, in whichever process it was raised."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = cause_of(error)
     if isinstance(cause, RequestValidationError):
         cause = _bad_request(cause)
     if isinstance(cause, RequestError):

@@ -28,7 +28,7 @@ from rayft.serving.http.calls import Calls
 from rayft.serving.http.responses import AdapterEntry, AdapterList, Listed, ModelEntry, Readiness
 from rayft.serving.http.schemas import TextRequest
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
-from rayft.serving.presence import Waiting, running
+from rayft.serving.presence import Waiting, cause_of, running
 
 __all__ = ["Gateway"]
 
@@ -264,8 +264,8 @@ def _others_hidden(caller: Caller, model: str) -> Iterator[None]:
     try:
         yield
     except (RequestError, RayTaskError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if caller.adapters is not None and str(cause).startswith(unserved(model)):
+        # An error in the place of an answer arrives without its class (see `rayft.serving.answers`).
+        if caller.adapters is not None and str(cause_of(error)).startswith(unserved(model)):
             raise _unknown(model) from error
         raise
 

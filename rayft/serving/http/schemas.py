@@ -101,7 +101,7 @@ Null is always accepted.
 """
 
 FIRST = Field(fail_fast=True)
-"""Ends the validation of a list at its first wrong value: errors of 450,000 values take 0.7 GB and 4 s."""
+"""Ends the validation of a list at its first wrong value: errors of 450,000 values take 0.8 GB and 6 s."""
 
 MAX_SCHEMA = 64 * 1024
 """Size of the largest JSON schema that is accepted, in bytes."""

@@ -30,9 +30,11 @@ LONGEST_HEAD = 2**16
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, with a limit on what is neither a body nor complete; httptools itself has none.
+    """uvicorn's protocol with two additions.
 
-    Of several requests on a connection, uvicorn tells only the last one that the client has left.
+    It limits the bytes that are neither a complete head nor part of a body, for which httptools has no limit.
+    When a client that has sent several requests on a connection leaves, the request that is answered learns
+    that; uvicorn tells only the last one.
     """
 
     _waiting = 0
